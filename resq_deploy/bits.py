@@ -1,0 +1,70 @@
+"""What a bit flip is: exclusive-or on the stored integer code, nothing else.
+
+Bit 0 is the least significant bit; bit 7 of an int8 is its sign bit (two's
+complement). Everything in the package that flips bits is tested against `flip`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.errors import InputError
+
+Codes = NDArray[Any]
+
+
+def width(dtype: Any) -> int:
+    """Stored bits of one element of `dtype` (8 for int8 and uint8, 32 for int32)."""
+    return int(np.dtype(dtype).itemsize) * 8
+
+
+def _unsigned(codes: Codes) -> Codes:
+    return codes.view(np.dtype(f"u{codes.dtype.itemsize}"))
+
+
+def flip(codes: Codes, *, bit: int) -> Codes:
+    """Flip one bit of every element; any shape, returns a new array of the same dtype.
+
+    >>> flip(np.array([1, -1, 0], dtype=np.int8), bit=7)
+    array([-127,  127, -128], dtype=int8)
+    """
+    codes = np.ascontiguousarray(codes)
+    if not 0 <= bit < width(codes.dtype):
+        raise InputError(
+            f"bit {bit} given for {codes.dtype}; expected 0 to {width(codes.dtype) - 1}"
+        )
+    raw = _unsigned(codes)
+    return (raw ^ raw.dtype.type(1 << bit)).view(codes.dtype)
+
+
+def flip_sites(codes: Codes, offsets: NDArray[np.int64], bits: NDArray[np.int64]) -> Codes:
+    """Flip `bits[i]` of element `offsets[i]` (C order, from 0) for every i.
+
+    Offsets may repeat; the same (offset, bit) given twice restores itself. Applied twice,
+    a pattern restores the codes. Returns a new array of the same shape and dtype.
+
+    >>> flip_sites(np.array([1, 2], dtype=np.int8), np.array([0, 0]), np.array([1, 2]))
+    array([7, 2], dtype=int8)
+    """
+    out = np.array(codes, order="C", copy=True)
+    offsets, bits = np.asarray(offsets, np.int64), np.asarray(bits, np.int64)
+    if offsets.shape != bits.shape:
+        raise InputError(f"{offsets.size} offsets given for {bits.size} bits; expected one each")
+    if offsets.size == 0:
+        return out
+    if offsets.min() < 0 or offsets.max() >= out.size:
+        raise InputError(f"offset outside of [0, {out.size}) given")
+    if bits.min() < 0 or bits.max() >= width(out.dtype):
+        raise InputError(f"bit outside of [0, {width(out.dtype)}) given for {out.dtype}")
+    raw = _unsigned(out).reshape(-1)
+    np.bitwise_xor.at(raw, offsets, np.left_shift(1, bits).astype(raw.dtype))
+    return out
+
+
+def count_flips(before: Codes, after: Codes) -> int:
+    """Number of bits in which two arrays of the same shape and dtype differ."""
+    changed = _unsigned(np.ascontiguousarray(before)) ^ _unsigned(np.ascontiguousarray(after))
+    return int(np.bitwise_count(changed).sum())

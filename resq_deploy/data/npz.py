@@ -1,0 +1,31 @@
+"""Any `.npz` with `x` and `y`; read without pickle, so a hostile file cannot run code."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from resq_deploy.data.base import Dataset
+from resq_deploy.errors import InputError
+
+
+def load(path: Path) -> Dataset:
+    """`x` (N, ...) and `y` (N,) integer; pixels uint8, or float32 in [0, 1] for our networks."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = {"x", "y"} - set(file.files)
+            if missing:
+                raise InputError(
+                    f"{path} holds {', '.join(file.files)}; expected the arrays x and y"
+                )
+            x, y = file["x"], file["y"]
+    except InputError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as .npz ({error}); expected x and y") from None
+    if not np.issubdtype(y.dtype, np.integer):
+        raise InputError(f"{path}: y must hold integer labels, got {y.dtype}")
+    return Dataset(name=path.stem, x=x, y=y.astype(np.int64))

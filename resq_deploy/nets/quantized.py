@@ -1,0 +1,168 @@
+"""From a float network to the int8 Brevitas network that is trained, attacked and exported.
+
+The pattern is the one that onnxruntime turns into integer kernels completely: batch norm
+folded, per-channel int8 weights, int32 biases, a quantizer on both inputs of every
+addition, quantized pooled features and logits.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import cast
+
+import brevitas.nn as qnn
+import torch
+from brevitas.core.restrict_val import RestrictValueType
+from brevitas.core.scaling import ScalingImplType
+from brevitas.graph.calibrate import calibration_mode
+from brevitas.quant import (
+    Int8ActPerTensorFloat,
+    Int8WeightPerChannelFloat,
+    Int32Bias,
+    Uint8ActPerTensorFloat,
+)
+from brevitas.quant_tensor import QuantTensor
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from resq_deploy.errors import InputError
+from resq_deploy.nets.blocks import Add, Boundary
+
+
+class InputQuant(Uint8ActPerTensorFloat):
+    """uint8 pixels, scale fixed at 1/255: a device feeds camera bytes as they are."""
+
+    scaling_impl_type = ScalingImplType.CONST
+    restrict_scaling_type = RestrictValueType.FP
+    scaling_init = 1.0
+
+
+class Unsigned(Uint8ActPerTensorFloat):
+    """uint8 activations. Statistics come from `calibrate`, not from the first 300 steps."""
+
+    collect_stats_steps = 1
+
+
+class Signed(Int8ActPerTensorFloat):
+    """int8 activations, symmetric."""
+
+    collect_stats_steps = 1
+
+
+class QuantAdd(nn.Module):
+    """Addition of two quantized tensors, as onnxruntime's QLinearAdd does it."""
+
+    def __init__(self, *, skip_is_quantized: bool) -> None:
+        super().__init__()
+        self.main = qnn.QuantIdentity(act_quant=Signed, return_quant_tensor=True)
+        self.skip = None
+        if not skip_is_quantized:
+            self.skip = qnn.QuantIdentity(act_quant=Signed, return_quant_tensor=True)
+
+    def forward(self, main: Tensor, skip: Tensor) -> Tensor:
+        return value(self.main(main)) + value(self.skip(skip) if self.skip else skip)
+
+
+WEIGHT_LAYERS = (qnn.QuantConv2d, qnn.QuantLinear)
+
+
+def value(x: Tensor | QuantTensor) -> Tensor:
+    """The dequantized value of a QuantTensor; a plain tensor as it is."""
+    return x.value if isinstance(x, QuantTensor) else x
+
+
+class _MarkerTracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (Boundary, Add)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def fold_batch_norm(net: nn.Module) -> nn.Module:
+    """A copy in eval mode with every batch norm folded into the convolution before it.
+
+    The folded network computes the same function up to float rounding. Raises InputError
+    for a batch norm that does not directly follow a convolution.
+    """
+    net = copy.deepcopy(net).eval()
+    modules = dict(net.named_modules())
+    for node in _MarkerTracer().trace(net).nodes:
+        norm = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, nn.BatchNorm2d):
+            continue
+        before = modules.get(str(cast(fx.Node, node.args[0]).target))
+        if not isinstance(before, nn.Conv2d):
+            raise InputError(
+                f"batch norm {node.target!r} does not follow a convolution and cannot be folded"
+            )
+        assert norm.running_mean is not None and norm.running_var is not None
+        before.weight, before.bias = fuse_conv_bn_weights(
+            before.weight, before.bias, norm.running_mean, norm.running_var, norm.eps,
+            norm.weight, norm.bias,
+        )  # fmt: skip
+        _replace(net, str(node.target), nn.Identity())
+    return net
+
+
+def _replace(net: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(net.get_submodule(parent), leaf, new)
+
+
+def _layer(old: nn.Module) -> nn.Module | None:
+    """The Brevitas counterpart of one float module; None where it stays as it is."""
+    weights = {"weight_quant": Int8WeightPerChannelFloat, "bias_quant": Int32Bias}
+    if isinstance(old, nn.Conv2d):
+        new = qnn.QuantConv2d(
+            old.in_channels, old.out_channels, cast("tuple[int, int]", old.kernel_size),
+            stride=cast("tuple[int, int]", old.stride), padding=cast("tuple[int, int]", old.padding),
+            dilation=cast("tuple[int, int]", old.dilation), groups=old.groups, bias=True, **weights,
+        )  # fmt: skip
+    elif isinstance(old, nn.Linear):
+        new = qnn.QuantLinear(old.in_features, old.out_features, bias=True, **weights)
+    elif isinstance(old, nn.ReLU):
+        return cast(nn.Module, qnn.QuantReLU(act_quant=Unsigned, return_quant_tensor=True))
+    elif isinstance(old, Add):
+        return QuantAdd(skip_is_quantized=old.skip_is_quantized)
+    elif isinstance(old, Boundary):
+        quant = {"input": InputQuant, "unsigned": Unsigned, "signed": Signed}[old.kind]
+        out = qnn.QuantIdentity(act_quant=quant, return_quant_tensor=old.kind != "signed")
+        return cast(nn.Module, out)
+    else:
+        return None
+    new.weight.data.copy_(old.weight.data)
+    new.bias.data.zero_()
+    if old.bias is not None:
+        new.bias.data.copy_(old.bias.data)
+    return cast(nn.Module, new)
+
+
+def quantize(net: nn.Module) -> nn.Module:
+    """The int8 Brevitas network of a float one (batch norm folded), not yet calibrated.
+
+    Weight names stay those of the float network.
+    """
+    net = fold_batch_norm(net)
+    for name, module in list(net.named_modules()):
+        new = _layer(module)
+        if new is not None:
+            _replace(net, name, new)
+    return net
+
+
+@torch.no_grad()
+def calibrate(net: nn.Module, x: Tensor, *, batch: int = 128) -> None:
+    """Set the scale of every activation quantizer from images x (N, C, H, W) in [0, 1]."""
+    device = next(net.parameters()).device
+    net.eval()
+    with calibration_mode(net):
+        for start in range(0, len(x), batch):
+            net(x[start : start + batch].to(device))
+
+
+def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose stored weights are int8, by name, in the order of the network."""
+    return {n: m for n, m in net.named_modules() if isinstance(m, WEIGHT_LAYERS)}
+
+
+def codes(layer: nn.Module) -> Tensor:
+    """The int8 codes of a layer's weights, in the shape of the weight: what a file stores."""
+    return cast(Tensor, layer.quant_weight().int()).to(torch.int8)
