@@ -1,0 +1,267 @@
+"""Recipes (models/NAME.toml) and calibration manifests (calibration/NAME.toml): data only.
+
+Every field is described, bounded and documented once, here; models/README.md and
+calibration/README.md repeat it in tables, checked by a test.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from resq_deploy.errors import InputError
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """Where the images come from."""
+
+    name: str = Field(description="data set: digits, cifar10, or the path of a test .npz")
+    root: Path | None = Field(None, description="folder of the data set; else RESQ_DATA")
+    augment: Literal["none", "crop", "crop-flip"] = Field(
+        "none", description="training-time augmentation"
+    )
+    calibration: str = Field(description="calibration manifest: NAME of calibration/NAME.toml")
+
+
+class Model(_Section):
+    """Which network."""
+
+    net: str = Field(description="network: resnet8 or resnet20")
+
+
+class Training(_Section):
+    """One training stage: SGD with Nesterov momentum, warm-up and cosine decay."""
+
+    epochs: int = Field(ge=0, description="passes over the training images")
+    batch: Positive = Field(128, description="images per step")
+    lr: float = Field(gt=0, description="peak learning rate")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on weights, not biases")
+    label_smoothing: Fraction = Field(0.0, description="label smoothing of the cross-entropy")
+
+
+class Float(Training):
+    """Float pre-training."""
+
+    checkpoint: Path | None = Field(
+        None, description="float safetensors to start from instead of training, beside the recipe"
+    )
+
+
+class Attack(Training):
+    """Stage 1: loss = CE(x) + adversarial_weight CE(x') + feature_weight D(h(x), h(x'))."""
+
+    method: Literal["feature-consistency"] = Field(
+        "feature-consistency", description="how features are desensitized"
+    )
+    epsilon: Fraction = Field(description="L-infinity radius of x', pixels in [0, 1]")
+    steps: Positive = Field(1, description="PGD steps that make x'")
+    step_size: float = Field(
+        1.25, gt=0, description="PGD step, relative to epsilon / sqrt(steps)"
+    )
+    adversarial_weight: float = Field(1.0, ge=0, description="weight of the loss on x'")
+    feature_weight: float = Field(1.0, ge=0, description="weight of the feature distance")
+    distance: Literal["cosine", "mse"] = Field("cosine", description="feature distance D")
+
+
+class Fault(Training):
+    """Stage 2: RandBET with clipped weights; the attack loss of stage 1 stays on."""
+
+    method: Literal["randbet"] = Field("randbet", description="how faults enter training")
+    rate: Probability = Field(0.01, description="bit error rate during training")
+    fault_weight: float = Field(1.0, ge=0, description="weight of the loss under bit errors")
+    start_loss: float = Field(
+        1.75, gt=0, description="errors begin once the running clean loss is below this"
+    )
+    clip_rms: float | None = Field(
+        2.0, gt=0, description="clip weights to this many RMS per channel after every step"
+    )
+    guided: Literal["proportional", "top-k", "none"] = Field(
+        "proportional", description="which layers get more bit errors, by criticality"
+    )
+    top_k: Positive = Field(10, description="layers that get errors when guided = top-k")
+    ema_beta: Fraction = Field(0.9, description="decay of the gradient-norm average")
+    keep_attack: bool = Field(True, description="keep the loss of stage 1")
+
+
+class Adjust(_Section):
+    """Stage 3: clip and rescale the quantized weights on calibration images."""
+
+    ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        (0.9, 0.8, 0.7, 0.6, 0.5), description="clip ratios tried per layer"
+    )
+    rate: Probability = Field(0.01, description="bit error rate of the fault patterns")
+    patterns: Positive = Field(4, description="fixed fault patterns in the objective")
+    fault_weight: float = Field(1.0, ge=0, description="weight of the loss under faults")
+    margin: Fraction = Field(
+        0.01, description="allowed fall of clean and of adversarial accuracy, as a fraction"
+    )
+    epsilon: Fraction = Field(description="L-infinity radius of the adversarial constraint")
+    steps: Positive = Field(5, description="PGD steps of the adversarial constraint")
+    bias_correction: bool = Field(True, description="restore mean outputs per channel afterwards")
+
+
+class Export(_Section):
+    """The files."""
+
+    opset: Annotated[int, Field(ge=13, le=20)] = Field(19, description="ONNX opset")
+    ir_version: Annotated[int, Field(ge=8, le=13)] = Field(10, description="ONNX IR version")
+    parity_images: Positive = Field(1000, description="test images of the parity proof")
+
+
+class Prove(_Section):
+    """Campaigns and attacks on the exported files."""
+
+    images: Positive = Field(1000, description="test images of campaigns and attacks (the first)")
+    rates: tuple[Probability, ...] = Field(
+        (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2), min_length=1, description="bit error rates"
+    )
+    draws: Annotated[int, Field(ge=2)] = Field(50, description="fault patterns per rate")
+    margin: Probability = Field(0.05, description="margin of the single-flip campaign")
+    confidence: Probability = Field(0.95, description="confidence of every interval")
+    single_images: Positive = Field(200, description="test images of the single-flip campaign")
+    epsilons: tuple[Fraction, ...] = Field(
+        (1 / 255, 2 / 255, 4 / 255, 8 / 255), min_length=1, description="L-infinity radii"
+    )
+    steps: Positive = Field(20, description="PGD steps")
+    restarts: Positive = Field(1, description="random starts of PGD")
+
+
+class Recipe(_Section):
+    """One model from data to proof."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="name of the run")
+    seed: int = Field(1, ge=0, description="root seed of every random stream")
+    data: Data
+    model: Model
+    float: Float
+    baseline: Training
+    attack: Attack
+    fault: Fault
+    adjust: Adjust
+    export: Export = Export()
+    prove: Prove = Prove()
+
+    @model_validator(mode="after")
+    def _known_distances(self) -> Recipe:
+        if self.float.epochs == 0 and self.float.checkpoint is None:
+            raise ValueError("float.epochs is 0 and float.checkpoint is not given")
+        return self
+
+
+class CalibrationManifest(_Section):
+    """Which images calibrate: activation scales, stage 3."""
+
+    data: str = Field(description="data set that the images come from; must match the recipe")
+    split: Literal["train", "test"] = Field("train", description="split; test only without train")
+    images: Positive = Field(description="number of images")
+    seed: int = Field(0, ge=0, description="seed of the selection, without replacement")
+    sha256: str | None = Field(None, description="expected digest of the selected images")
+
+
+T = TypeVar("T", bound=_Section)
+
+
+def _parse(kind: type[T], raw: dict[str, Any], where: str) -> T:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "recipe"
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            parts = first["loc"][:-1]
+            section: Any = kind
+            for part in parts:
+                section = section.model_fields[str(part)].annotation
+            known = ", ".join(section.model_fields)
+            message = f"unknown field; expected one of {known}"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        given = first["input"]
+        shown = "" if isinstance(given, dict) else f", got {given!r}"
+        raise InputError(f"{where}: {field}: {message}{shown}{more}") from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe or manifest {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """A recipe from plain values; InputError names the first wrong field."""
+    return _parse(Recipe, raw, where)
+
+
+def load(path: Path) -> Recipe:
+    """Read and check models/NAME.toml; relative paths in it are taken from its folder."""
+    recipe = parse(_toml(path), str(path))
+    here = path.resolve().parent
+    update: dict[str, Any] = {}
+    if recipe.float.checkpoint is not None:
+        checkpoint = here / recipe.float.checkpoint
+        if not checkpoint.is_file():
+            raise InputError(f"{path}: float.checkpoint: no file {checkpoint}")
+        update["float"] = recipe.float.model_copy(update={"checkpoint": checkpoint})
+    calibration = here.parent / "calibration" / f"{recipe.data.calibration}.toml"
+    data: dict[str, Any] = {"calibration": str(calibration)}
+    if recipe.data.root is not None:
+        data["root"] = here / recipe.data.root
+    if recipe.data.name.endswith(".npz"):
+        data["name"] = str(here / recipe.data.name)
+    update["data"] = recipe.data.model_copy(update=data)
+    return recipe.model_copy(update=update)
+
+
+def load_manifest(path: Path) -> CalibrationManifest:
+    """Read and check calibration/NAME.toml."""
+    return _parse(CalibrationManifest, _toml(path), str(path))
+
+
+TEMPLATE = """\
+# A recipe: one model from data to proof. Every field: models/README.md.
+name = "my-model"
+seed = 1
+
+[data]
+name = "cifar10"            # digits | cifar10 | path of an .npz
+augment = "crop-flip"       # none | crop | crop-flip
+calibration = "cifar10"     # calibration/cifar10.toml
+
+[model]
+net = "resnet8"             # resnet8 | resnet20
+
+[float]                     # float pre-training
+epochs = 30
+lr = 0.2
+
+[baseline]                  # int8 quantization-aware training: what every table compares with
+epochs = 2
+lr = 0.01
+
+[attack]                    # stage 1
+epochs = 4
+lr = 0.02
+epsilon = 0.00784313725     # 2/255
+
+[fault]                     # stage 2
+epochs = 4
+lr = 0.02
+rate = 0.01
+
+[adjust]                    # stage 3
+epsilon = 0.00784313725
+"""
