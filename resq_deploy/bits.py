@@ -68,3 +68,23 @@ def count_flips(before: Codes, after: Codes) -> int:
     """Number of bits in which two arrays of the same shape and dtype differ."""
     changed = _unsigned(np.ascontiguousarray(before)) ^ _unsigned(np.ascontiguousarray(after))
     return int(np.bitwise_count(changed).sum())
+
+
+def random_positions(n_bits: int, rate: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Flat positions in [0, n_bits) of independent bit errors at `rate` in [0, 1], ascending.
+
+    Draws the gaps between errors, which are geometric: exactly one Bernoulli trial per bit,
+    with time and memory proportional to the number of errors instead of bits.
+    """
+    if not 0 <= rate <= 1:
+        raise InputError(f"bit error rate must lie in [0, 1], got {rate}")
+    found: list[NDArray[np.int64]] = []
+    last = -1
+    while rate > 0 and last < n_bits:
+        expected = (n_bits - last) * rate
+        gaps = rng.geometric(rate, size=int(expected + 4 * expected**0.5 + 8))
+        # A gap beyond the end is as good as infinite; the bound keeps the sum from overflowing.
+        positions = last + np.cumsum(np.minimum(gaps, n_bits + 1))
+        found.append(positions[positions < n_bits])
+        last = int(positions[-1])
+    return np.concatenate(found) if found else np.empty(0, np.int64)

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from resq_deploy.errors import InputError
 
@@ -54,7 +54,9 @@ class Float(Training):
     """Float pre-training."""
 
     checkpoint: Path | None = Field(
-        None, description="float safetensors to start from instead of training, beside the recipe"
+        None,
+        description="float safetensors, relative to the recipe, that is taken instead of "
+        "training; the other fields then say how it was made",
     )
 
 
@@ -151,12 +153,6 @@ class Recipe(_Section):
     adjust: Adjust
     export: Export = Export()
     prove: Prove = Prove()
-
-    @model_validator(mode="after")
-    def _known_distances(self) -> Recipe:
-        if self.float.epochs == 0 and self.float.checkpoint is None:
-            raise ValueError("float.epochs is 0 and float.checkpoint is not given")
-        return self
 
 
 class CalibrationManifest(_Section):

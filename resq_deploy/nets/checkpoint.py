@@ -1,0 +1,74 @@
+"""Checkpoints: safetensors with a JSON sidecar; never pickles, nothing in them is executed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from resq_deploy import artifacts
+from resq_deploy.errors import InputError
+from resq_deploy.nets import build
+from resq_deploy.nets.quantized import quantize
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; InputError in one line when it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors: {error}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Write contiguous CPU copies, complete or not at all."""
+    ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    return artifacts.write(path, lambda p: save_file(ready, p))
+
+
+def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
+    """Load into a network; InputError names the first missing, surplus or misshapen tensor."""
+    expected = net.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise InputError(f"{where}: tensor {name!r} is missing")
+        if name not in expected:
+            raise InputError(f"{where}: tensor {name!r} does not belong to this network")
+        if expected[name].shape != tensors[name].shape:
+            raise InputError(
+                f"{where}: tensor {name!r} has shape {tuple(tensors[name].shape)}, the network "
+                f"needs {tuple(expected[name].shape)}"
+            )
+        if not torch.isfinite(tensors[name].float()).all():
+            raise InputError(f"{where}: tensor {name!r} holds NaN or infinite values")
+    net.load_state_dict(tensors)
+
+
+def save(path: Path, net: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
+    """Write PATH.safetensors and its sidecar; `facts` must hold `net` (arguments of `build`)."""
+    write_tensors(path, net.state_dict())
+    return artifacts.seal(path, inputs, **facts)
+
+
+def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode, and its sidecar.
+
+    Raises InputError for a missing or broken file or sidecar, or a changed digest.
+    """
+    facts = artifacts.read_json(artifacts.sidecar(path))
+    tensors = read_tensors(path)
+    if facts.get("sha256") != artifacts.sha256(path):
+        raise InputError(f"{path} is not the file that {artifacts.sidecar(path).name} describes")
+    try:
+        net = build(**facts["net"])
+        quantized = facts["quantized"]
+    except (KeyError, TypeError):
+        raise InputError(f"{artifacts.sidecar(path)} is not the sidecar of a checkpoint") from None
+    if quantized:
+        net = quantize(net)
+    load_state(net, tensors, str(path))
+    return net.eval(), facts
