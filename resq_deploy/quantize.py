@@ -36,7 +36,9 @@ def quantize(
     array([   0,    2, -128], dtype=int8)
     """
     x = np.asarray(x)
-    scale = _along(np.asarray(scale), axis, x.ndim)
+    # the scale in the type of x, as in the file: x / 0.1 in float64 rounds other ties
+    real = x.dtype if np.issubdtype(x.dtype, np.floating) else np.float64
+    scale = _along(np.asarray(scale, real), axis, x.ndim)
     if not np.all(scale > 0):
         raise InputError(f"scale must be positive, got {float(np.min(scale))}")
     info = np.iinfo(dtype)

@@ -15,7 +15,10 @@ from resq_deploy.errors import InputError
 def load(path: Path) -> Dataset:
     """`x` (N, ...) and `y` (N,) integer; pixels uint8, or float32 in [0, 1] for our networks."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        opened = np.load(path, allow_pickle=False)
+        if not isinstance(opened, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds one bare array; expected an .npz with x and y")
+        with opened as file:
             missing = {"x", "y"} - set(file.files)
             if missing:
                 raise InputError(
@@ -24,8 +27,18 @@ def load(path: Path) -> Dataset:
             x, y = file["x"], file["y"]
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        MemoryError,  # a damaged header may ask for any amount
+        RuntimeError,  # encrypted members and unknown compression
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise InputError(f"{path} cannot be read as .npz ({error}); expected x and y") from None
+    if x.dtype.kind not in "biuf":
+        raise InputError(f"{path}: x must hold numbers, got {x.dtype}")
     if not np.issubdtype(y.dtype, np.integer):
         raise InputError(f"{path}: y must hold integer labels, got {y.dtype}")
     return Dataset(name=path.stem, x=x, y=y.astype(np.int64))
