@@ -31,13 +31,13 @@ def flip(codes: Codes, *, bit: int) -> Codes:
     >>> flip(np.array([1, -1, 0], dtype=np.int8), bit=7)
     array([-127,  127, -128], dtype=int8)
     """
-    codes = np.ascontiguousarray(codes)
+    codes = np.asarray(codes, order="C")  # not ascontiguousarray, which makes scalars 1-d
     if not 0 <= bit < width(codes.dtype):
         raise InputError(
             f"bit {bit} given for {codes.dtype}; expected 0 to {width(codes.dtype) - 1}"
         )
     raw = _unsigned(codes)
-    return (raw ^ raw.dtype.type(1 << bit)).view(codes.dtype)
+    return np.asarray(raw ^ raw.dtype.type(1 << bit)).view(codes.dtype)
 
 
 def flip_sites(codes: Codes, offsets: NDArray[np.int64], bits: NDArray[np.int64]) -> Codes:
@@ -66,7 +66,7 @@ def flip_sites(codes: Codes, offsets: NDArray[np.int64], bits: NDArray[np.int64]
 
 def count_flips(before: Codes, after: Codes) -> int:
     """Number of bits in which two arrays of the same shape and dtype differ."""
-    changed = _unsigned(np.ascontiguousarray(before)) ^ _unsigned(np.ascontiguousarray(after))
+    changed = _unsigned(np.asarray(before, order="C")) ^ _unsigned(np.asarray(after, order="C"))
     return int(np.bitwise_count(changed).sum())
 
 

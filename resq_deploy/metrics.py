@@ -18,7 +18,7 @@ BOOTSTRAP_RESAMPLES = 2000
 
 def top1(logits: Array) -> NDArray[np.int64]:
     """Arg max over the last axes of (N, ...) outputs; the first of equal values wins."""
-    return np.argmax(logits.reshape(len(logits), -1), axis=1)
+    return np.asarray(np.argmax(logits.reshape(len(logits), -1), axis=1), np.int64)
 
 
 def changed(golden: Array, faulty: Array) -> NDArray[np.bool_]:

@@ -16,12 +16,12 @@ Array = NDArray[Any]
 
 
 def _along(values: Any, axis: int | None, ndim: int) -> Array:
-    values = np.asarray(values)
-    if axis is None or values.ndim == 0:
-        return values
+    array: Array = np.asarray(values)
+    if axis is None or array.ndim == 0:
+        return array
     shape = [1] * ndim
     shape[axis] = -1
-    return values.reshape(shape)
+    return array.reshape(shape)
 
 
 def quantize(
@@ -43,7 +43,7 @@ def quantize(
         raise InputError(f"scale must be positive, got {float(np.min(scale))}")
     info = np.iinfo(dtype)
     q = np.rint(x / scale) + _along(zero_point, axis, x.ndim)
-    return np.clip(q, info.min, info.max).astype(dtype)
+    return np.asarray(np.clip(q, info.min, info.max), dtype)
 
 
 def dequantize(
