@@ -116,6 +116,28 @@ def test_bootstrap_agrees_with_the_normal_interval_on_symmetric_values() -> None
     assert interval.high == pytest.approx(values.mean() + half, abs=0.25 * half)
 
 
+def test_bootstrap_equals_bca_written_out() -> None:
+    # Efron and Tibshirani, An Introduction to the Bootstrap (1993), equations 14.9 to 14.15
+    from statistics import NormalDist
+
+    normal, rng = NormalDist(), np.random.default_rng(8)
+    values = rng.exponential(size=30) ** 2  # skewed: the basic and percentile intervals are off
+    means = np.sort(rng.choice(values, (200_000, 30)).mean(axis=1))
+    z0 = normal.inv_cdf(float((means < values.mean()).mean()))
+    left_out = (values.sum() - values) / 29
+    d = left_out.mean() - left_out
+    a = (d**3).sum() / (6 * ((d**2).sum()) ** 1.5)
+
+    def end(z: float) -> float:
+        level = normal.cdf(z0 + (z0 + z) / (1 - a * (z0 + z)))
+        return float(np.quantile(means, level))
+
+    low, high = end(normal.inv_cdf(0.025)), end(normal.inv_cdf(0.975))
+    ours = [bootstrap_mean(values, seed=i) for i in range(20)]  # 2,000 resamples each
+    assert np.mean([i.low for i in ours]) == pytest.approx(low, rel=0.02)
+    assert np.mean([i.high for i in ours]) == pytest.approx(high, rel=0.04)
+
+
 def test_bootstrap_repeats_with_its_seed() -> None:
     values = np.random.default_rng(0).random(50)
     assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
