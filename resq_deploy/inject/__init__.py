@@ -1,0 +1,80 @@
+"""Stage 4: flip bits in the weights of a deployed ONNX file and count what happens.
+
+Works on files that are not ours, with numpy, onnx and onnxruntime alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resq_deploy import progress, runtime
+from resq_deploy.data import Dataset
+from resq_deploy.errors import InputError
+from resq_deploy.inject import campaign, plans, space
+from resq_deploy.inject.compare import compare
+from resq_deploy.inject.summary import results, write_csv, write_sites
+from resq_deploy.inject.verify import verify
+
+ENGINES = ("reload",)
+
+
+def inject(
+    model: Path,
+    data: Dataset,
+    *,
+    out: Path,
+    fault: str = "single",
+    trials: int | None = None,
+    margin: float | None = None,
+    confidence: float = 0.95,
+    exhaustive: bool = False,
+    sites: Path | None = None,
+    rates: Sequence[float] = (),
+    draws: int | None = None,
+    engine: str = "reload",
+    seed: int = 0,
+    workers: int = 1,
+    shard: tuple[int, int] = (0, 1),
+    resume: bool = False,
+    show: progress.Progress = progress.silent,
+) -> dict[str, Any]:
+    """Run a fault campaign on an ONNX file into the store `out`; returns its summary.
+
+    The options are those of `resq-deploy inject` (see `plans.make` for which go together);
+    `confidence` is that of the sample size and of every interval. The summary is that of
+    `summary.summarize`. KeyboardInterrupt leaves every finished trial in the store; the same
+    call with `resume` continues it.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine {engine!r} does not exist; expected {', '.join(ENGINES)}")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie in (0, 1), got {confidence}")
+    raw = runtime.read_model(model)
+    plan = plans.make(
+        space.discover(runtime.parse_model(raw)).space,
+        fault=fault,
+        trials=trials,
+        margin=margin,
+        confidence=confidence,
+        exhaustive=exhaustive,
+        sites=sites,
+        rates=rates,
+        draws=draws,
+    )
+    campaign.run(
+        raw,
+        data,
+        plan,
+        out=out,
+        seed=seed,
+        workers=workers,
+        shard=shard,
+        resume=resume,
+        show=show,
+    )
+    return results([out], confidence=confidence)
+
+
+__all__ = ["ENGINES", "compare", "inject", "results", "verify", "write_csv", "write_sites"]

@@ -1,0 +1,5 @@
+"""`python -m resq_deploy` is `resq-deploy`."""
+
+from resq_deploy.cli import main
+
+main()

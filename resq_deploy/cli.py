@@ -1,0 +1,318 @@
+"""Command line: parse, call one function, print.
+
+Only click and our own errors are imported up here; a command imports what it needs when it
+runs, so that `--help` answers at once and a campaign box needs no training libraries.
+
+A new command: decorate it with `@main.command()` and `@json_option`, import inside, call one
+function, print with `emit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from resq_deploy import progress
+from resq_deploy.errors import InputError, ResqError
+
+INTERRUPTED = 130
+
+
+class Edge(click.Group):
+    """The one place where errors become a line on standard error and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; ResqError, OSError and Ctrl-C end with one line, never a traceback."""
+        try:
+            return super().invoke(ctx)
+        except ResqError as error:
+            _fail(ctx, str(error), error.exit_code)
+        except BrokenPipeError:
+            raise  # click ends quietly when the reader of a pipe has gone
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(ctx, f"{where}{error.strerror or error}", InputError.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; everything finished so far is kept", INTERRUPTED)
+
+
+def _fail(ctx: click.Context, message: str, code: int) -> None:
+    click.echo(f"resq-deploy: error: {' '.join(message.split())}", err=True)
+    ctx.exit(code)
+
+
+PATH = click.Path(path_type=Path)
+
+json_option = click.option(
+    "--json", "json_file", type=PATH, metavar="FILE", help="Write the result as JSON."
+)
+data_options = [
+    click.option("--data", required=True, help="digits, cifar10, ... or an .npz with x and y."),
+    click.option("--images", type=int, metavar="N", help="The first N test images. [all]"),
+    click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]"),
+]
+confidence_option = click.option(
+    "--confidence", type=float, default=0.95, show_default=True, help="Of all intervals."
+)
+
+
+def with_data(command: Any) -> Any:
+    """Add `--data --images --root`; the command gets them as data, images, root."""
+    for option in reversed(data_options):
+        command = option(command)
+    return command
+
+
+def load_data(name: str, images: int | None, root: Path | None) -> Any:
+    """The test images that `--data --images --root` ask for."""
+    from resq_deploy import data
+
+    return data.load(name, root).test.first(images)
+
+
+def emit_json(value: Any, file: Path | None) -> None:
+    """Write `value` to `--json FILE`, whole or not at all; nothing when no file was given."""
+    if file is None:
+        return
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Iterable[str]) -> None:
+    """Print a table."""
+    from tabulate import tabulate
+
+    click.echo(tabulate(rows, headers=list(headers), disable_numparse=True))
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Print warnings to standard error, one line each."""
+    for message in messages:
+        click.echo(f"resq-deploy: warning: {message}", err=True)
+
+
+def percent(interval: dict[str, Any], value: str = "mean") -> str:
+    """`88.31 % [88.22, 88.39]` of an interval of rates in [0, 1]."""
+    numbers = [100 * interval[key] for key in (value, "low", "high")]
+    return "{:.2f} % [{:.2f}, {:.2f}]".format(*numbers)
+
+
+@click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="resq-deploy", prog_name="resq-deploy")
+def main() -> None:
+    """Deploy quantized networks that keep working when memory and inputs are corrupted."""
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@json_option
+def inspect(model: Path, json_file: Path | None) -> None:
+    """Show the fault space of MODEL: its tensors, bytes and bits, and the kernels that run."""
+    from resq_deploy import runtime
+    from resq_deploy.inject import space
+
+    found = space.inspect(runtime.read_model(model), str(model))
+    columns = ("name", "dtype", "shape", "op_type", "node", "n_bits", "absorbed")
+    rows = [[tensor[column] for column in columns] for tensor in found["tensors"]]
+    table(rows, columns)
+    click.echo(
+        f"\n{found['n_tensors']} tensors, {found['n_bytes']} bytes, {found['n_bits']} bits; "
+        f"{len(found['excluded'])} int32 biases are not in the fault space"
+    )
+    click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
+    warn(found["warnings"])
+    emit_json(found, json_file)
+
+
+def _rates(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        raise click.BadParameter(f"{text!r} given; numbers such as 1e-4,1e-3 expected") from None
+
+
+def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, int]:
+    index, _, n_shards = text.partition("/")
+    try:
+        return int(index), int(n_shards)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} given; I/N such as 0/4 expected") from None
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@with_data
+@click.option("--fault", default="single", show_default=True, help="single, k:K or ber.")
+@click.option("--trials", type=int, help="Number of random patterns.")
+@click.option("--margin", type=float, help="Sample size from this margin of error, in (0, 1).")
+@confidence_option
+@click.option("--exhaustive", is_flag=True, help="Every bit once.")
+@click.option("--sites", type=PATH, help="CSV with Injection,Layer,TensorIndex,Bit.")
+@click.option("--rates", callback=_rates, metavar="R,R,...", help="Bit error rates in [0, 1].")
+@click.option("--draws", type=int, help="Patterns per rate. [50]")
+@click.option("--engine", type=click.Choice(["reload"]), default="reload", show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Root of all random draws.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option(
+    "--shard", callback=_shard, default="0/1", metavar="I/N", help="Trials with number % N == I."
+)
+@click.option("--resume", is_flag=True, help="Continue the campaign in --out.")
+@click.option("--out", type=PATH, required=True, metavar="STORE", help="Campaign store to write.")
+@json_option
+def inject(
+    model: Path,
+    data: str,
+    images: int | None,
+    root: Path | None,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Flip bits in the stored weights of MODEL and count what happens to its answers."""
+    from resq_deploy import inject as stage
+
+    found = stage.inject(model, load_data(data, images, root), show=progress.bar, **options)
+    _print_campaign(found)
+    emit_json(found, json_file)
+
+
+def _print_campaign(found: dict[str, Any]) -> None:
+    golden, accuracy, outcomes = found["golden"], found["fault_accuracy"], found["outcomes"]
+    level = f"{100 * accuracy['confidence']:g} %"
+    click.echo(f"golden accuracy   {golden['n_correct']}/{golden['n_total']}")
+    click.echo(f"trials            {found['n_trials']} of {found['n_planned']}, {found['fault']}")
+    click.echo("outcomes          " + ", ".join(f"{n} {name}" for name, n in outcomes.items()))
+    click.echo(f"SDC rate          {percent(found['sdc_rate'], 'value')} (Wilson, {level})")
+    click.echo(
+        f"fault accuracy    {percent(accuracy)} (bootstrap over {accuracy['n']} patterns, {level}),"
+        f" worst {100 * accuracy['worst']:.2f} %"
+    )
+    if found["per_rate"]:
+        click.echo()
+        table(
+            [
+                [
+                    f"{row['rate']:g}",
+                    row["n"],
+                    f"{row['mean_flips']:.1f}",
+                    percent(row),
+                    f"{100 * row['q05']:.2f}",
+                    f"{100 * row['worst']:.2f}",
+                ]
+                for row in found["per_rate"]
+            ],
+            ["rate", "n", "flips", "fault accuracy", "5 % quantile", "worst"],
+        )
+    for name, key in (("per_layer", "tensor"), ("per_bit", "bit")):
+        if found[name]:
+            click.echo()
+            table(
+                [
+                    [row[key], row["n_trials"], *row["outcomes"].values(), _sdc_cell(row)]
+                    for row in found[name]
+                ],
+                [key, "n", "masked", "benign", "sdc", "SDC rate"],
+            )
+    warn(found["warnings"])
+
+
+def _sdc_cell(row: dict[str, Any]) -> str:
+    return percent(row["sdc_rate"], "value")
+
+
+@main.command()
+@click.argument("stores", type=PATH, nargs=-1, required=True, metavar="STORE...")
+@confidence_option
+@click.option("--csv", "csv_file", type=PATH, metavar="FILE", help="Write one row per trial.")
+@click.option("--sites", is_flag=True, help="In the CSV, draw the sites of several flips again.")
+@click.option("--sites-csv", type=PATH, metavar="FILE", help="Write the faults, for --sites.")
+@json_option
+def results(
+    stores: tuple[Path, ...],
+    confidence: float,
+    csv_file: Path | None,
+    sites: bool,
+    sites_csv: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Show a campaign; several STOREs are shards of one campaign."""
+    from resq_deploy import inject as stage
+
+    found = stage.results(stores, confidence=confidence)
+    _print_campaign(found)
+    emit_json(found, json_file)
+    if csv_file is not None:
+        stage.write_csv(stores, csv_file, sites=sites)
+    if sites_csv is not None:
+        stage.write_sites(stores, sites_csv)
+
+
+@main.command()
+@click.argument("stores", type=PATH, nargs=-1, required=True, metavar="STORE...")
+@click.option("--out", type=PATH, required=True, metavar="STORE", help="New store to write.")
+@json_option
+def merge(stores: tuple[Path, ...], out: Path, json_file: Path | None) -> None:
+    """Join the STOREs of one campaign's shards."""
+    from resq_deploy import store
+
+    n = store.merge(stores, out)
+    click.echo(f"{n} trials of {len(stores)} stores in {out}")
+    emit_json({"n_trials": n, "n_stores": len(stores), "out": str(out)}, json_file)
+
+
+@main.command()
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@confidence_option
+@json_option
+def compare(a: Path, b: Path, confidence: float, json_file: Path | None) -> None:
+    """Fault accuracy of store B minus that of store A, paired on the same faults."""
+    from resq_deploy import inject as stage
+
+    found = stage.compare(a, b, confidence=confidence)
+    rows = [["all", found["difference"]], *((f"{r['rate']:g}", r) for r in found["per_rate"])]
+    table(
+        [[k, r["n"], f"{r['mean']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"] for k, r in rows],
+        ["rate", "n", "B - A, percentage points"],
+    )
+    click.echo(f"\nwithout faults: {found['golden_difference']:+.2f} percentage points")
+    warn(found["warnings"])
+    emit_json(found, json_file)
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--against", type=PATH, metavar="OTHER", help="Another ONNX file to compare with.")
+@with_data
+@json_option
+def verify(
+    model: Path,
+    against: Path | None,
+    data: str,
+    images: int | None,
+    root: Path | None,
+    json_file: Path | None,
+) -> None:
+    """Accuracy of MODEL in onnxruntime at the optimization levels off and all."""
+    from resq_deploy import inject as stage
+    from resq_deploy import runtime
+
+    other = None if against is None else runtime.read_model(against)
+    found = stage.verify(runtime.read_model(model), load_data(data, images, root), against=other)
+    for name in ("accuracy", "against_accuracy"):
+        for level, count in found.get(name, {}).items():
+            label = "model" if name == "accuracy" else "other"
+            click.echo(f"{label}, optimization {level}: {count['n_correct']}/{count['n_total']}")
+    agreements = {"off against all": found["off_against_all"]}
+    agreements |= {f"against other, {k}": v for k, v in found.get("against", {}).items()}
+    for label, row in agreements.items():
+        click.echo(
+            f"{label}: largest difference {row['max_abs_diff']:g}, same top-1 on "
+            f"{row['n_top1_equal']}/{row['n_total']}"
+        )
+    emit_json(found, json_file)

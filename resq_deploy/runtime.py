@@ -1,0 +1,245 @@
+"""onnxruntime behind a few functions: read a file, build a session, feed images, say where we ran.
+
+The rest of the package never talks to onnxruntime itself, so that golden runs, fault trials
+and parity checks all use the same options, the same chunks and the same input rules.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from resq_deploy.errors import InputError
+
+Array = NDArray[Any]
+
+CHUNK = 50
+"""Images a run: fresh sessions fault their memory in, and that cost grows with the chunk."""
+
+LEVELS = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+VNNI_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8")
+X86 = ("x86_64", "amd64", "i686", "i386")
+
+_TYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+    "tensor(uint8)": np.dtype(np.uint8),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(int32)": np.dtype(np.int32),
+    "tensor(int64)": np.dtype(np.int64),
+}
+
+
+def read_model(path: Path) -> bytes:
+    """The bytes of an ONNX file; InputError when it is missing, broken, or not complete.
+
+    Tensors in external files are refused: one file, one digest.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror}); an ONNX file expected"
+        ) from None
+    parse_model(raw, str(path))
+    return raw
+
+
+def parse_model(raw: bytes, name: str = "the model") -> onnx.ModelProto:
+    """The model in the bytes of an ONNX file; InputError when they are not one."""
+    try:
+        model = onnx.load_model_from_string(raw)
+    except DecodeError:
+        model = onnx.ModelProto()
+    if not model.graph.node:
+        raise InputError(f"{name} is not an ONNX model, or a truncated one; export it again")
+    external = [t.name for t in _tensors(model.graph) if t.external_data]
+    if external:
+        raise InputError(
+            f"{name} keeps {len(external)} tensors (first: {external[0]}) in external data files; "
+            "save it as one file (onnx.save_model with save_as_external_data=False)"
+        )
+    return model
+
+
+def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            if attribute.HasField("g"):
+                yield from _tensors(attribute.g)
+
+
+def cpu_features(cpuinfo: str | None = None, machine: str | None = None) -> dict[str, Any]:
+    """What the CPU does with 8-bit products: `machine`, `name`, `vnni`, `x64quantprecision`.
+
+    x86 CPUs without VNNI add pairs of u8*s8 products in 16 bits and saturate (onnxruntime issue
+    16105); a flipped sign bit makes just such weights. There `x64quantprecision` is true:
+    sessions are then built with slower kernels that do not saturate. Both arguments are for
+    tests; by default they come from /proc/cpuinfo (where absent, VNNI counts as absent).
+    """
+    if cpuinfo is None:
+        file = Path("/proc/cpuinfo")
+        cpuinfo = file.read_text() if file.is_file() else ""
+    machine = machine or platform.machine()
+    fields: dict[str, str] = {}  # of the first core; the others repeat it
+    for line in cpuinfo.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    vnni = sorted(set(VNNI_FLAGS) & set(fields.get("flags", "").split()))
+    return {
+        "machine": machine,
+        "name": fields.get("model name", "unknown"),
+        "vnni": vnni,
+        "x64quantprecision": machine.lower() in X86 and not vnni,
+    }
+
+
+def cpu_warnings(cpu: dict[str, Any]) -> list[str]:
+    """What a reader of results from this CPU must know."""
+    if not cpu["x64quantprecision"]:
+        return []
+    return [
+        "x86 CPU without VNNI: sessions run with session.x64quantprecision=1, because its u8*s8 "
+        "products saturate at 16 bits; latency and some outputs differ from a default session"
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions that results depend on."""
+    try:
+        own = metadata.version("resq-deploy")
+    except metadata.PackageNotFoundError:
+        own = "unknown"
+    return {
+        "resq_deploy": own,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _options(threads: int, level: str, precise: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors come as exceptions; standard error is ours
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = LEVELS[level]
+    if precise:
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def session(
+    model: bytes, *, threads: int = 1, level: str = "all", precise: bool | None = None
+) -> ort.InferenceSession:
+    """A CPU session of serialized model bytes.
+
+    `level` is a key of LEVELS. `precise` sets session.x64quantprecision (default: where
+    `cpu_features` asks for it). InputError when onnxruntime refuses the model.
+    """
+    if precise is None:
+        precise = bool(cpu_features()["x64quantprecision"])
+    options = _options(threads, level, precise)
+    try:
+        built = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise InputError(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+    if len(built.get_inputs()) != 1:
+        names = ", ".join(i.name for i in built.get_inputs())
+        raise InputError(f"the model has the inputs {names}; a classifier with one input expected")
+    return built
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def kernels(model: bytes) -> dict[str, int]:
+    """Number of nodes of each type in the graph that onnxruntime really runs, most first."""
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "optimized.onnx"
+        options = _options(1, "all", False)
+        options.optimized_model_filepath = str(file)
+        try:
+            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # as in `session`
+            raise InputError(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+        optimized = onnx.load(file)
+    return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
+
+
+def adapt(x: Array, built: ort.InferenceSession) -> Array:
+    """Images (N, ...) in the type of the model's input.
+
+    The model's own type and shape goes in as it is; uint8 for a float input is divided by 255.
+    InputError for anything else: silent casts would make a campaign about other images.
+    """
+    want = built.get_inputs()[0]
+    dtype, shape = _TYPES.get(want.type), list(want.shape)
+    fits = len(shape) == x.ndim and all(
+        not isinstance(size, int) or size == given
+        for size, given in zip(shape[1:], x.shape[1:], strict=True)
+    )
+    if fits and x.dtype == dtype:
+        return x
+    if fits and x.dtype == np.uint8 and dtype is not None and dtype.kind == "f":
+        return np.asarray(x.astype(dtype) / dtype.type(255))
+    hint = ""
+    if dtype is not None and dtype.kind == "f":
+        hint = " or uint8 pixels, which are divided by 255"
+    raise InputError(
+        f"the model's input {want.name} takes {want.type} of shape {_shape(shape)}{hint}; "
+        f"the data has {x.dtype} of shape {_shape(['N', *x.shape[1:]])}"
+    )
+
+
+def _shape(sizes: list[Any]) -> str:
+    return "(" + ", ".join(str(size) if size is not None else "?" for size in sizes) + ")"
+
+
+def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
+    """First output (N, ...) for adapted images (N, ...), `chunk` images at a time.
+
+    A model with a fixed batch size is fed that many; the last chunk is padded with its last
+    image and the padding cut off again.
+    """
+    want = built.get_inputs()[0]
+    fixed = want.shape[0] if want.shape and isinstance(want.shape[0], int) else None
+    size = fixed or chunk
+    outputs = []
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        n = len(part)
+        if fixed and n < fixed:
+            part = np.concatenate([part, np.repeat(part[-1:], fixed - n, axis=0)])
+        try:
+            output = built.run([built.get_outputs()[0].name], {want.name: part})[0]
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise InputError(f"onnxruntime cannot run the model: {_one_line(error)}") from None
+        if not isinstance(output, np.ndarray) or output.ndim < 2 or len(output) != len(part):
+            raise InputError(
+                f"the model's first output {built.get_outputs()[0].name} is "
+                f"{getattr(output, 'shape', type(output).__name__)} for {len(part)} images; "
+                "one row of class scores an image expected"
+            )
+        outputs.append(output[:n])
+    return np.concatenate(outputs)
