@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from resq_deploy import artifacts
@@ -27,12 +28,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> Path:
     """Write contiguous CPU copies, complete or not at all."""
     ready = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    return artifacts.write(path, lambda p: save_file(ready, p))
+    return artifacts.write(path, lambda p: p.write_bytes(serialize(ready)))
 
 
 def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     """Load into a network; InputError names the first missing, surplus or misshapen tensor."""
-    expected = net.state_dict()
+    # Brevitas leaves a scale that was not calibrated yet out of the state dict of a new network.
+    expected = dict(net.named_parameters()) | net.state_dict()
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
             raise InputError(f"{where}: tensor {name!r} is missing")
@@ -48,9 +50,11 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     net.load_state_dict(tensors)
 
 
-def save(path: Path, net: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
+def save(
+    path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any
+) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `net` (arguments of `build`)."""
-    write_tensors(path, net.state_dict())
+    write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
 

@@ -1,0 +1,109 @@
+"""The guarantees of an exported file, checked after every export."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from resq_deploy import runtime
+from resq_deploy.errors import ExportError
+
+FLOAT_KERNELS = (
+    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add",
+    "BatchNormalization",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far two executions of the same network are apart, in steps of the output quantizer."""
+
+    a: str
+    b: str
+    n_images: int
+    within_one_step: int
+    """Images on which no logit differs by more than one step."""
+    max_steps: int
+    argmax_equal: int
+    argmax_decided: int
+    """Images whose two best logits are more than two steps apart: arg max must be equal."""
+    argmax_decided_equal: int
+
+    @property
+    def holds(self) -> bool:
+        """One step on 99.9 % of the images, two on every one, decided arg maxes equal."""
+        return (
+            self.within_one_step >= 0.999 * self.n_images
+            and self.max_steps <= 2
+            and self.argmax_decided_equal == self.argmax_decided
+        )
+
+
+def parity(
+    names: tuple[str, str], a: NDArray[Any], b: NDArray[Any], *, step: float
+) -> Parity:
+    """Compare logits (N, n_classes) of two executions; `step` is the output scale."""
+    distance = np.rint(np.abs(a.astype(np.float64) - b) / step).max(axis=1)
+    best = np.sort(a, axis=1)[:, -2:]
+    decided = best[:, 1] - best[:, 0] > 2.5 * step  # on the grid: three steps or more
+    same = a.argmax(axis=1) == b.argmax(axis=1)
+    return Parity(
+        a=names[0],
+        b=names[1],
+        n_images=len(a),
+        within_one_step=int((distance <= 1).sum()),
+        max_steps=int(distance.max()),
+        argmax_equal=int(same.sum()),
+        argmax_decided=int(decided.sum()),
+        argmax_decided_equal=int((same & decided).sum()),
+    )
+
+
+def require(results: list[Parity]) -> list[dict[str, Any]]:
+    """The results as plain values; ExportError names the first that does not hold."""
+    for result in results:
+        if not result.holds:
+            raise ExportError(
+                f"{result.a} and {result.b} disagree: {result.within_one_step} of "
+                f"{result.n_images} images within one output step (99.9 % needed), at most "
+                f"{result.max_steps} steps (2 allowed), {result.argmax_decided_equal} of "
+                f"{result.argmax_decided} decided arg maxes equal"
+            )
+    return [asdict(result) for result in results]
+
+
+def structure(model: onnx.ModelProto, weights: dict[str, NDArray[np.int8]]) -> None:
+    """Weights are int8 initializers with exactly these codes, behind nothing but a
+    DequantizeLinear, and not graph inputs; the batch dimension is dynamic. Else ExportError."""
+    stored = {t.name: t for t in model.graph.initializer}
+    inputs = {i.name for i in model.graph.input}
+    readers: dict[str, list[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node.op_type)
+    for layer, expected in weights.items():
+        name = f"{layer}.weight"
+        if name not in stored or name in inputs:
+            raise ExportError(f"weight {name!r} is not a constant initializer of the file")
+        actual = numpy_helper.to_array(stored[name])
+        if actual.dtype != np.int8 or not np.array_equal(actual, expected):
+            raise ExportError(f"weight {name!r} does not hold the int8 codes of the network")
+        if readers[name] != ["DequantizeLinear"]:
+            raise ExportError(f"weight {name!r} is read by {readers[name]}, not DequantizeLinear")
+    if model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
+        raise ExportError("the batch dimension is not dynamic")
+
+
+def integer_kernels(model: bytes) -> dict[str, int]:
+    """Kernels of the graph that onnxruntime runs; ExportError when a float one computes."""
+    kernels = runtime.kernels(model)
+    wrong = {op: n for op, n in kernels.items() if op in FLOAT_KERNELS}
+    if wrong:
+        named = ", ".join(f"{n} x {op}" for op, n in wrong.items())
+        raise ExportError(f"onnxruntime keeps float kernels where integer ones must stand: {named}")
+    return kernels

@@ -1,0 +1,147 @@
+"""The int8 QDQ file: Brevitas' exporter behind one function, then made clean and exact.
+
+Brevitas 0.13 builds integer initializers through the TorchScript exporter only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from resq_deploy.errors import ExportError
+from resq_deploy.nets.quantized import codes, weight_layers
+
+INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no prints of the exporters in here."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def torchscript(
+    exporter: Callable[..., Any], net: nn.Module, example: Tensor, **options: Any
+) -> onnx.ModelProto:
+    """Run one of Brevitas' exporters quietly and return what it wrote."""
+    # A real file: given a buffer, Brevitas leaves out its passes that make initializers.
+    with TemporaryDirectory() as folder, quiet():
+        file = Path(folder) / "model.onnx"
+        exporter(
+            net.eval(), args=example, export_path=str(file), dynamo=False, input_names=[INPUT],
+            output_names=[OUTPUT], keep_initializers_as_inputs=False, **options,
+        )  # fmt: skip
+        return onnx.load(file)
+
+
+def replace_input(graph: onnx.GraphProto, old: str, new: str) -> None:
+    """Rename a tensor wherever a node reads it."""
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove initializers that no node reads."""
+    used = {name for node in graph.node for name in node.input}
+    unused = [t for t in graph.initializer if t.name not in used]
+    for initializer in unused:
+        graph.initializer.remove(initializer)
+
+
+def _fold_weight_clips(graph: onnx.GraphProto) -> None:
+    """A Clip behind a weight would absorb a flip to -128: apply it to the codes, remove it."""
+    stored = {t.name: t for t in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "Clip" and n.input[0] in stored]:
+        weight = stored[node.input[0]]
+        low, high = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
+        clipped = np.clip(numpy_helper.to_array(weight), low, high)
+        weight.CopyFrom(numpy_helper.from_array(clipped, weight.name))
+        replace_input(graph, node.output[0], weight.name)
+        graph.node.remove(node)
+
+
+def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
+    """Name weights, scales and biases like the PyTorch parameters, in the order of the graph.
+
+    Every weight layer gets initializers of its own, also where two happen to be equal and the
+    exporter stored them once: a fault in one must not reach the other.
+    """
+    stored = {t.name: t for t in graph.initializer}
+    producer = {out: node for node in graph.node for out in node.output}
+    wanted = {n: codes(layer).numpy() for n, layer in weight_layers(net).items()}
+    users = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    for node in users:
+        weight_dq = producer[node.input[1]]
+        stored_codes = numpy_helper.to_array(stored[weight_dq.input[0]])
+        scope = node.name.strip("/").split("/")[:-1]
+        # The exporter's scope repeats parents (layer1/layer1.0/conv1): join the last parts.
+        names = [n for n, c in wanted.items() if c.shape == stored_codes.shape
+                 and np.array_equal(c, stored_codes) and n.split(".")[-1] == _leaf(scope)]  # fmt: skip
+        if not names:
+            raise ExportError(f"no weight of the network has the codes of node {node.name!r}")
+        wanted.pop(names[0])
+        bias_dq = producer[node.input[2]]
+        roles = [
+            (weight_dq, 0, "weight"), (weight_dq, 1, "weight_scale"),
+            (weight_dq, 2, "weight_zero_point"), (bias_dq, 0, "bias"), (bias_dq, 1, "bias_scale"),
+            (bias_dq, 2, "bias_zero_point"),
+        ]  # fmt: skip
+        for reader, slot, suffix in roles:
+            own = onnx.TensorProto()
+            own.CopyFrom(stored[reader.input[slot]])
+            own.name = f"{names[0]}.{suffix}"
+            graph.initializer.append(own)
+            reader.input[slot] = own.name
+    if wanted:
+        raise ExportError(f"weights missing from the exported graph: {', '.join(wanted)}")
+    drop_unused(graph)
+
+
+def _leaf(scope: list[str]) -> str:
+    return scope[-1].split(".")[-1] if scope else ""
+
+
+def finish(model: onnx.ModelProto, *, ir_version: int) -> onnx.ModelProto:
+    """The metadata that must not vary; checked by onnx."""
+    model.ir_version = ir_version
+    model.producer_name, model.producer_version = "resq-deploy", ""
+    model.doc_string = ""
+    del model.metadata_props[:]
+    del model.graph.value_info[:]
+    for node in model.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    onnx.checker.check_model(model, full_check=False)
+    return model
+
+
+def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) -> onnx.ModelProto:
+    """The QDQ model of a quantized network for images (C, H, W), batch dimension dynamic.
+
+    int8 weights and int32 biases are initializers named like the parameters
+    (`layer1.0.conv1.weight`); no Clip stands behind a weight.
+    """
+    from brevitas.export import export_onnx_qcdq
+
+    model = torchscript(
+        export_onnx_qcdq, net, torch.zeros(1, *shape), opset_version=opset,
+        dynamic_axes={INPUT: {0: BATCH_AXIS}, OUTPUT: {0: BATCH_AXIS}},
+    )  # fmt: skip
+    _fold_weight_clips(model.graph)
+    _name_weights(model.graph, net)
+    return finish(model, ir_version=ir_version)
