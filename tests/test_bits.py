@@ -12,7 +12,9 @@ from resq_deploy.bits import count_flips, flip, flip_sites, width
 from resq_deploy.errors import InputError
 
 DTYPES = st.sampled_from([np.int8, np.uint8, np.int32])
-ARRAYS = DTYPES.flatmap(lambda t: hnp.arrays(t, hnp.array_shapes(min_dims=0, max_dims=4, max_side=5)))
+ARRAYS = DTYPES.flatmap(
+    lambda t: hnp.arrays(t, hnp.array_shapes(min_dims=0, max_dims=4, max_side=5))
+)
 
 
 @pytest.mark.parametrize(
