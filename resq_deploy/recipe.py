@@ -103,7 +103,7 @@ class Adjust(_Section):
         (0.9, 0.8, 0.7, 0.6, 0.5), description="clip ratios tried per layer"
     )
     rate: Probability = Field(0.01, description="bit error rate of the fault patterns")
-    patterns: Positive = Field(4, description="fixed fault patterns in the objective")
+    patterns: Positive = Field(32, description="fixed fault patterns in the objective")
     fault_weight: float = Field(1.0, ge=0, description="weight of the loss under faults")
     margin: Fraction = Field(
         0.01, description="allowed fall of clean and of adversarial accuracy, as a fraction"

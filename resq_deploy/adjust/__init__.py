@@ -1,0 +1,263 @@
+"""Stage 3: clip and rescale the quantized weights after training, layer by layer.
+
+The scale of a channel is max|w| / 127, so clipping its weights to c max|w| is the same as
+choosing the new scale c max|w| / 127: a flipped bit then moves the weight by less.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resq_deploy import artifacts, evaluate, progress, recipe, seeds
+from resq_deploy.data.base import Dataset
+from resq_deploy.errors import InputError
+from resq_deploy.nets import checkpoint
+from resq_deploy.nets.quantized import codes, value, weight_layers
+from resq_deploy.perturb.weights import Masks, random_masks
+
+SHARE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What stage 3 weighs, on the calibration images."""
+
+    clean_loss: float
+    fault_loss: float
+    """Mean cross-entropy over the fixed fault patterns, each on one eighth of the images."""
+    objective: float
+    """clean_loss + fault_weight * fault_loss"""
+    clean_accuracy: float
+    adversarial_accuracy: float
+    """On adversarial images made once, on the network before stage 3."""
+
+
+class _Bench:
+    """The fixed images and fault patterns on which candidates are compared."""
+
+    def __init__(
+        self, net: nn.Module, images: Dataset, config: recipe.Adjust, *, seed: int
+    ) -> None:
+        self.images, self.config, self.seed = images, config, seed
+        self.attacked = self.attack(net)
+        self.patterns = self.draw(net, "search")
+
+    def attack(self, net: nn.Module) -> Any:
+        c = self.config
+        return evaluate.adversarial(
+            net, self.images, epsilon=c.epsilon, steps=c.steps, seed=self.seed, what="stage 3 attack"
+        )
+
+    def draw(self, net: nn.Module, name: str) -> list[Masks]:
+        return [
+            random_masks(net, self.config.rate, seeds.stream(self.seed, "adjust", name, i))
+            for i in range(self.config.patterns)
+        ]
+
+    def terms(self, net: nn.Module, patterns: list[Masks] | None = None) -> Terms:
+        x, y = self.images.x, torch.from_numpy(self.images.y)
+        clean = evaluate.logits(net, x)
+        # Patterns differ more than images do: many patterns, each on every SHARE-th image.
+        faulty = []
+        for i, masks in enumerate(patterns or self.patterns):
+            part = slice(i % SHARE, None, SHARE)
+            scores = evaluate.logits(net, x[part], masks=masks)
+            faulty.append(float(F.cross_entropy(scores, y[part])))
+        attacked = evaluate.logits(net, self.attacked)
+        clean_loss, fault_loss = float(F.cross_entropy(clean, y)), float(np.mean(faulty))
+        return Terms(
+            clean_loss=clean_loss,
+            fault_loss=fault_loss,
+            objective=clean_loss + self.config.fault_weight * fault_loss,
+            clean_accuracy=evaluate.count(clean, self.images.y).rate,
+            adversarial_accuracy=evaluate.count(attacked, self.images.y).rate,
+        )
+
+
+def clip(w: Tensor, ratio: float) -> Tensor:
+    """Weights clipped per output channel (axis 0) to ratio * max|w|."""
+    bound = ratio * w.abs().amax(dim=tuple(range(1, w.ndim)), keepdim=True)
+    return torch.minimum(torch.maximum(w, -bound), bound)
+
+
+def _allowed(new: Terms, start: Terms, margin: float) -> bool:
+    return (
+        new.clean_accuracy >= start.clean_accuracy - margin
+        and new.adversarial_accuracy >= start.adversarial_accuracy - margin
+    )
+
+
+def _scale(layer: nn.Module) -> float:
+    """Mean over channels of the weight scale (real value of one code step)."""
+    return float(cast(Tensor, layer.quant_weight().scale).mean())  # type: ignore[operator]
+
+
+def _histogram(layer: nn.Module) -> list[int]:
+    """How often each code -128 ... 127 is stored."""
+    counts = np.bincount(codes(layer).numpy().astype(np.int64).ravel() + 128, minlength=256)
+    return [int(n) for n in counts]
+
+
+@torch.no_grad()
+def search(net: nn.Module, bench: _Bench, order: list[str]) -> list[dict[str, Any]]:
+    """Choose a clip ratio per layer, in place; one decision per layer in the given order.
+
+    Ratios are tried from mild to strong until one does not improve the objective; a layer
+    keeps ratio 1 when none improves it within the allowed loss of accuracy.
+    """
+    config, layers = bench.config, weight_layers(net)
+    start = current = bench.terms(net)
+    decisions = []
+    with progress.bar(len(order), "adjust layers") as bar:
+        for name in order:
+            layer, before = layers[name], current
+            weight = cast(Tensor, layer.weight)
+            original, scale_before, chosen, kept = weight.clone(), _scale(layer), 1.0, weight.clone()
+            for ratio in sorted(config.ratios, reverse=True):
+                weight.copy_(clip(original, ratio))
+                new = bench.terms(net)
+                if new.objective >= current.objective or not _allowed(new, start, config.margin):
+                    break
+                current, chosen, kept = new, ratio, weight.clone()
+            weight.copy_(kept)
+            decisions.append(
+                {
+                    "layer": name,
+                    "ratio": chosen,
+                    "scale_before": scale_before,
+                    "scale_after": _scale(layer),
+                    "objective_before": before.objective,
+                    "objective_after": current.objective,
+                    **{k: v for k, v in asdict(current).items() if k != "objective"},
+                }
+            )
+            bar.update(1)
+    return decisions
+
+
+@contextmanager
+def _means(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Collects the per-channel sums of every weight layer's output."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in weight_layers(net)}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            y = value(out).transpose(0, 1).flatten(1)
+            seen[name].append(y.double().mean(dim=1))
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(n)) for n, m in weight_layers(net).items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
+    with _means(net) as seen:
+        evaluate.logits(net, images.x)
+    return {name: torch.stack(parts).mean(dim=0) for name, parts in seen.items()}
+
+
+@torch.no_grad()
+def correct_biases(net: nn.Module, reference: nn.Module, images: Dataset) -> None:
+    """Shift biases in place so that every layer's mean output per channel is the reference's.
+
+    Layer by layer in network order (Nagel et al., arXiv 1906.04721, section 4.2), because
+    each correction changes what the next layers see.
+    """
+    target = _output_means(reference, images)
+    for name, layer in weight_layers(net).items():
+        shift = target[name] - _output_means(net, images)[name]
+        bias = cast(Tensor, layer.bias)
+        bias += shift.to(bias.dtype)
+
+
+def adjust(
+    source: Path,
+    *,
+    out: Path,
+    images: Dataset,
+    config: recipe.Adjust,
+    seed: int = 0,
+    fresh: bool = False,
+) -> Path:
+    """Run stage 3 on an int8 checkpoint; returns OUT/checkpoint.safetensors.
+
+    `images` is the calibration set (uint8). The sidecar records the decision per layer, the
+    bias correction, code histograms before and after, and a check on fault patterns that the
+    search did not see: if that objective, or accuracy under a fresh attack, got worse than
+    the margin allows, everything is reverted.
+    """
+    final = out / "checkpoint.safetensors"
+    inputs = {
+        "stage": "adjust",
+        "seed": seed,
+        "adjust": config.model_dump(mode="json"),
+        "calibration_sha256": images.sha256,
+        "from_sha256": artifacts.sha256(source) if source.is_file() else None,
+    }
+    if not fresh and artifacts.is_current(final, inputs):
+        return final
+    net, facts = checkpoint.load(source)
+    if not facts["quantized"]:
+        raise InputError(f"{source} is a float checkpoint; stage 3 needs an int8 one")
+    reference = copy.deepcopy(net)
+    bench = _Bench(net, images, config, seed=seed)
+    start = bench.terms(net)
+    critical = [row["layer"] for row in facts.get("criticality", [])]
+    order = critical + [n for n in weight_layers(net) if n not in critical]
+    decisions = search(net, bench, order)
+    correction = {"kept": False}
+    if config.bias_correction and any(d["ratio"] < 1 for d in decisions):
+        correction = _try_bias_correction(net, reference, bench, start)
+    net, check = _confirm(net, reference, bench)
+    checkpoint.save(
+        final, net, inputs=inputs, stage="adjust", quantized=True, net=facts["net"],
+        recipe=facts["recipe"], decisions=decisions, bias_correction=correction, held_out=check,
+        start=asdict(start), criticality=facts.get("criticality", []),
+        codes={
+            name: {"before": _histogram(layer), "after": _histogram(weight_layers(net)[name])}
+            for name, layer in weight_layers(reference).items()
+        },
+    )  # fmt: skip
+    return final
+
+
+def _try_bias_correction(
+    net: nn.Module, reference: nn.Module, bench: _Bench, start: Terms
+) -> dict[str, Any]:
+    """Correct the biases in place; undone when the objective does not improve."""
+    before = bench.terms(net)
+    state = copy.deepcopy(net.state_dict())
+    correct_biases(net, reference, bench.images)
+    after = bench.terms(net)
+    kept = after.objective < before.objective and _allowed(after, start, bench.config.margin)
+    if not kept:
+        net.load_state_dict(state)
+    return {"kept": kept, "before": asdict(before), "after": asdict(after)}
+
+
+def _confirm(
+    net: nn.Module, reference: nn.Module, bench: _Bench
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Compare with the network before stage 3 on fresh patterns and a fresh attack."""
+    patterns = bench.draw(reference, "held out")
+    before = bench.terms(reference, patterns)
+    bench.attacked = bench.attack(net)
+    after = bench.terms(net, patterns)
+    kept = after.objective <= before.objective and _allowed(after, before, bench.config.margin)
+    facts = {"kept": kept, "before": asdict(before), "after": asdict(after)}
+    return (net if kept else reference), facts
