@@ -46,10 +46,21 @@ def _fail(ctx: click.Context, message: str, code: int) -> None:
     ctx.exit(code)
 
 
+class _OutPath(click.Path):
+    """A file to write: its folder must exist before long work begins, not after it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(super().convert(value, param, ctx))
+        if not path.parent.is_dir():
+            self.fail(f"folder {path.parent} of {path} does not exist; create it first", param, ctx)
+        return path
+
+
 PATH = click.Path(path_type=Path)
+OUT_PATH = _OutPath(dir_okay=False, path_type=Path)
 
 json_option = click.option(
-    "--json", "json_file", type=PATH, metavar="FILE", help="Write the result as JSON."
+    "--json", "json_file", type=OUT_PATH, metavar="FILE", help="Write the result as JSON."
 )
 data_options = [
     click.option("--data", required=True, help="digits, cifar10, ... or an .npz with x and y."),
@@ -57,7 +68,11 @@ data_options = [
     click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]"),
 ]
 confidence_option = click.option(
-    "--confidence", type=float, default=0.95, show_default=True, help="Of all intervals."
+    "--confidence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.95,
+    show_default=True,
+    help="Of all intervals.",
 )
 
 
@@ -163,7 +178,7 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
     "--shard", callback=_shard, default="0/1", metavar="I/N", help="Trials with number % N == I."
 )
 @click.option("--resume", is_flag=True, help="Continue the campaign in --out.")
-@click.option("--out", type=PATH, required=True, metavar="STORE", help="Campaign store to write.")
+@click.option("--out", type=OUT_PATH, required=True, metavar="STORE", help="Campaign store.")
 @json_option
 def inject(
     model: Path,
@@ -228,9 +243,9 @@ def _sdc_cell(row: dict[str, Any]) -> str:
 @main.command()
 @click.argument("stores", type=PATH, nargs=-1, required=True, metavar="STORE...")
 @confidence_option
-@click.option("--csv", "csv_file", type=PATH, metavar="FILE", help="Write one row per trial.")
+@click.option("--csv", "csv_file", type=OUT_PATH, metavar="FILE", help="Write one row per trial.")
 @click.option("--sites", is_flag=True, help="In the CSV, draw the sites of several flips again.")
-@click.option("--sites-csv", type=PATH, metavar="FILE", help="Write the faults, for --sites.")
+@click.option("--sites-csv", type=OUT_PATH, metavar="FILE", help="Write the faults, for --sites.")
 @json_option
 def results(
     stores: tuple[Path, ...],
@@ -254,7 +269,7 @@ def results(
 
 @main.command()
 @click.argument("stores", type=PATH, nargs=-1, required=True, metavar="STORE...")
-@click.option("--out", type=PATH, required=True, metavar="STORE", help="New store to write.")
+@click.option("--out", type=OUT_PATH, required=True, metavar="STORE", help="New store to write.")
 @json_option
 def merge(stores: tuple[Path, ...], out: Path, json_file: Path | None) -> None:
     """Join the STOREs of one campaign's shards."""

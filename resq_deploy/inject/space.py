@@ -362,6 +362,11 @@ def _warnings(model: onnx.ModelProto, tensors: list[Tensor], unread: list[str]) 
             f"{len(inputs)} weights are graph inputs (first: {min(inputs)}): onnxruntime then "
             "takes other kernels than for constants; export without them"
         )
+    if any(node.op_type == "DynamicQuantizeLinear" for node in model.graph.node):
+        found.append(
+            "DynamicQuantizeLinear takes its scale from all images that run together "
+            f"({runtime.CHUNK} at a time): a fault can change an image through its neighbours"
+        )
     floats = _float_weights(model)
     if floats:
         found.append(f"{len(floats)} float weights (first: {floats[0]}) are not in the fault space")
