@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import models
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -10,6 +9,7 @@ import pytest
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import models
 from resq_deploy import metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
@@ -24,7 +24,9 @@ PATTERNS = [[(0, 7, 7)], [(0, 0, 0)], [(-1, 3, 6)], [(0, 5, 7), (0, 5, 6), (-1, 
 def _patched(raw: bytes, sites: list[Site]) -> onnx.ModelProto:
     """The file with bits flipped in plain Python: code + or - 2^bit, no shared code."""
     model = onnx.load_model_from_string(raw)
-    constants = [(n.output[0], n.attribute[0].t) for n in model.graph.node if n.op_type == "Constant"]
+    constants = [
+        (n.output[0], n.attribute[0].t) for n in model.graph.node if n.op_type == "Constant"
+    ]
     for name, tensor in [(t.name, t) for t in model.graph.initializer] + constants:
         codes = numpy_helper.to_array(tensor).copy()
         for site in sites:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import models
 import numpy as np
 import onnx
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+import models
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject.space import Space, Tensor, discover, inspect
 from resq_deploy.records import Site
