@@ -48,6 +48,9 @@ class Training(_Section):
     lr: float = Field(gt=0, description="peak learning rate")
     weight_decay: float = Field(5e-4, ge=0, description="L2 penalty on weights, not biases")
     label_smoothing: Fraction = Field(0.0, description="label smoothing of the cross-entropy")
+    max_gradient_norm: float = Field(
+        1.0, gt=0, description="gradients are scaled down to this L2 norm over all parameters"
+    )
 
 
 class Float(Training):

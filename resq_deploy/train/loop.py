@@ -144,6 +144,8 @@ def fit(
                     )
                 loss.backward()
                 objective.after_backward(net)
+                # Folded networks have no batch norm to absorb a large step.
+                nn.utils.clip_grad_norm_(net.parameters(), config.max_gradient_norm)
                 sgd.step()
                 objective.after_step(net)
                 losses += loss.detach().cpu()
