@@ -18,9 +18,13 @@ from typing import Any
 import click
 
 from resq_deploy import progress
-from resq_deploy.errors import InputError, ResqError
+from resq_deploy.errors import InputError, MissingExtra, ResqError
 
 INTERRUPTED = 130
+EXTRAS = dict.fromkeys(
+    ("torch", "brevitas", "safetensors", "qonnx", "onnxoptimizer", "sklearn"), "train"
+)
+"""Optional modules and the extra that brings them."""
 
 
 class Edge(click.Group):
@@ -32,6 +36,16 @@ class Edge(click.Group):
             return super().invoke(ctx)
         except ResqError as error:
             _fail(ctx, str(error), error.exit_code)
+        except click.exceptions.NoArgsIsHelpError:
+            raise
+        except click.UsageError as error:
+            where = error.ctx.command_path if error.ctx else "resq-deploy"
+            _fail(ctx, f"{error.format_message()} ({where} --help)", error.exit_code)
+        except ModuleNotFoundError as error:
+            module = (error.name or "").partition(".")[0]
+            if module not in EXTRAS:
+                raise
+            _fail(ctx, str(MissingExtra(module, EXTRAS[module])), InputError.exit_code)
         except BrokenPipeError:
             raise  # click ends quietly when the reader of a pipe has gone
         except OSError as error:
@@ -50,7 +64,7 @@ class _OutPath(click.Path):
     """A file to write: its folder must exist before long work begins, not after it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(super().convert(value, param, ctx))
+        path = Path(str(super().convert(value, param, ctx)))
         if not path.parent.is_dir():
             self.fail(f"folder {path.parent} of {path} does not exist; create it first", param, ctx)
         return path
@@ -331,3 +345,259 @@ def verify(
             f"{row['n_top1_equal']}/{row['n_total']}"
         )
     emit_json(found, json_file)
+
+
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True
+)
+fresh_option = click.option("--fresh", is_flag=True, help="Forget what an earlier call finished.")
+out_folder = click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR"
+)
+
+
+@main.command()
+@click.argument("recipe", type=PATH)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder of the run. [runs/NAME]",
+)
+@device_option
+@click.option("--workers", type=click.IntRange(1), help="Processes of the campaigns. [all cores]")
+@fresh_option
+@json_option
+def run(
+    recipe: Path,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    fresh: bool,
+    json_file: Path | None,
+) -> None:
+    """Everything in RECIPE: train, adjust, export, prove, report. Unchanged stages are kept."""
+    from resq_deploy import artifacts, pipeline
+    from resq_deploy import recipe as recipes
+    from resq_deploy.report import stage_table
+
+    loaded = recipes.load(recipe)
+    out = out or Path("runs") / loaded.name
+    page = pipeline.run(loaded, out=out, device=device, workers=workers, fresh=fresh)
+    click.echo(stage_table(out))
+    click.echo(f"\nreport: {page}")
+    emit_json(artifacts.read_json(out / "table.json"), json_file)
+
+
+@main.command()
+@click.argument("recipe", type=PATH)
+@click.option(
+    "--stage", type=click.Choice(["float", "baseline", "attack", "fault"]), required=True,
+    help="float: pre-training; baseline: int8; attack: stage 1; fault: stage 2.",
+)  # fmt: skip
+@click.option("--from", "start", type=PATH, metavar="CKPT", help="Checkpoint to start from.")
+@out_folder
+@device_option
+@fresh_option
+@json_option
+def train(
+    recipe: Path,
+    stage: str,
+    start: Path | None,
+    out: Path,
+    device: str,
+    fresh: bool,
+    json_file: Path | None,
+) -> None:
+    """Run one training stage of RECIPE into DIR/checkpoint.safetensors."""
+    from resq_deploy import recipe as recipes
+    from resq_deploy import train as stages
+
+    loaded = recipes.load(recipe)
+    if stage == "baseline" and start is None:
+        start = stages.train(loaded, "float", out=out / "float", device=device, fresh=fresh)
+    _print_checkpoint(
+        stages.train(loaded, stage, out=out, start=start, device=device, fresh=fresh), json_file
+    )
+
+
+def _print_checkpoint(path: Path, json_file: Path | None) -> None:
+    from resq_deploy import artifacts
+
+    facts = artifacts.read_json(artifacts.sidecar(path))
+    click.echo(f"{facts['stage']}: {path}")
+    if facts.get("history"):
+        click.echo(f"loss {facts['history'][0]['loss']:.4f} -> {facts['history'][-1]['loss']:.4f}")
+    emit_json(facts, json_file)
+
+
+recipe_option = click.option(
+    "--recipe", type=PATH, help="Take the options from this recipe. [the one in the checkpoint]"
+)
+
+
+def _recipe_of(checkpoint: Path, recipe: Path | None, root: Path | None) -> Any:
+    """The recipe given, or the one that the checkpoint's sidecar holds."""
+    from resq_deploy import artifacts
+    from resq_deploy import recipe as recipes
+
+    if recipe is None:
+        facts = artifacts.read_json(artifacts.sidecar(checkpoint))
+        if "recipe" not in facts:
+            raise InputError(f"{artifacts.sidecar(checkpoint)} names no recipe; give --recipe")
+        raw = dict(facts["recipe"])
+        raw["data"] = raw["data"] | {"calibration": ""}
+        loaded = recipes.parse(raw, str(checkpoint))
+    else:
+        loaded = recipes.load(recipe)
+    if root is not None:
+        loaded = loaded.model_copy(update={"data": loaded.data.model_copy(update={"root": root})})
+    return loaded
+
+
+@main.command()
+@click.argument("checkpoint", type=PATH)
+@click.option("--recipe", type=PATH, required=True, help="Recipe with the fields of [adjust].")
+@click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]")
+@out_folder
+@fresh_option
+@json_option
+def adjust(
+    checkpoint: Path,
+    recipe: Path,
+    root: Path | None,
+    out: Path,
+    fresh: bool,
+    json_file: Path | None,
+) -> None:
+    """Stage 3 on CHECKPOINT: clip and rescale its quantized weights, no training."""
+    from resq_deploy import adjust as stage
+    from resq_deploy import data
+    from resq_deploy.data import calibration
+
+    loaded = _recipe_of(checkpoint, recipe, root)
+    images = calibration.load(loaded.data, data.load(loaded.data.name, loaded.data.root))
+    made = stage.adjust(
+        checkpoint, out=out, images=images, config=loaded.adjust, seed=loaded.seed, fresh=fresh
+    )
+    _print_checkpoint(made, json_file)
+    from resq_deploy import artifacts
+
+    facts = artifacts.read_json(artifacts.sidecar(made))
+    table(
+        [[d["layer"], d["ratio"], f"{d['objective_before']:.4f}", f"{d['objective_after']:.4f}"]
+         for d in facts["decisions"]],
+        ["layer", "clip ratio", "objective before", "after"],
+    )  # fmt: skip
+    if not facts["held_out"]["kept"]:
+        click.echo("no gain on fault patterns that the search did not see: weights left alone")
+
+
+@main.command()
+@click.argument("checkpoint", type=PATH)
+@recipe_option
+@click.option("--root", type=PATH, help="Folder of the data set of the parity proof. [$RESQ_DATA]")
+@out_folder
+@json_option
+def export(
+    checkpoint: Path, recipe: Path | None, root: Path | None, out: Path, json_file: Path | None
+) -> None:
+    """Write CHECKPOINT as int8 QDQ ONNX and QONNX, with every guarantee checked."""
+    from resq_deploy import artifacts, data
+    from resq_deploy import export as stage
+
+    loaded = _recipe_of(checkpoint, recipe, root)
+    images = data.load(loaded.data.name, loaded.data.root).test
+    model = stage.export(checkpoint, out=out, images=images, config=loaded.export)
+    manifest = artifacts.read_json(model.parent / stage.MANIFEST)
+    table([[name, digest] for name, digest in manifest["files"].items()], ["file", "SHA-256"])
+    click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in manifest["kernels"].items()))
+    table(
+        [[p["a"], p["b"], p["n_images"], p["within_one_step"], p["max_steps"], p["argmax_equal"]]
+         for p in manifest["parity"]],
+        ["parity of", "and", "images", "within one step", "most steps", "same arg max"],
+    )  # fmt: skip
+    emit_json(manifest, json_file)
+
+
+def _epsilons(ctx: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+    def number(part: str) -> float:
+        top, _, bottom = part.partition("/")
+        return float(top) / float(bottom) if bottom else float(top)
+
+    try:
+        return tuple(number(part) for part in text.split(","))
+    except (ValueError, ZeroDivisionError):
+        raise click.BadParameter(f"{text!r} given; radii such as 2/255,0.03 expected") from None
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--twin", type=PATH, required=True, metavar="CKPT", help="Checkpoint of MODEL.")
+@with_data
+@click.option(
+    "--eps", callback=_epsilons, default="1/255,2/255,4/255,8/255", show_default=True,
+    metavar="E,E,...", help="L-infinity radii, pixels in [0, 1].",
+)  # fmt: skip
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of PGD.")
+@click.option("--restarts", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@json_option
+def attack(
+    model: Path,
+    twin: Path,
+    data: str,
+    images: int | None,
+    root: Path | None,
+    eps: tuple[float, ...],
+    steps: int,
+    restarts: int,
+    seed: int,
+    json_file: Path | None,
+) -> None:
+    """White-box PGD on the twin, replayed on MODEL in onnxruntime."""
+    from resq_deploy import attack as stage
+
+    found = stage.attack(
+        model, twin, load_data(data, images, root), epsilons=eps, steps=steps, restarts=restarts,
+        seed=seed,
+    )  # fmt: skip
+    rows = [("clean", found["clean"])]
+    rows += [(f"{row['epsilon'] * 255:g}/255", row) for row in found["epsilons"]]
+    table(
+        [[label, *(f"{r[k]['n_correct']}/{r[k]['n_total']}" for k in ("twin", "deployed"))]
+         for label, r in rows],
+        ["epsilon", "twin", "exported file"],
+    )  # fmt: skip
+    emit_json(found, json_file)
+
+
+@main.command()
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="DIR|STORE...")
+@click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="HTML page to write.")
+@json_option
+def report(paths: tuple[Path, ...], out: Path, json_file: Path | None) -> None:
+    """One self-contained HTML page of a run's folder, or of campaign stores."""
+    from resq_deploy import report as stage
+
+    click.echo(f"report: {stage.report(paths, out=out)}")
+    emit_json({"report": str(out)}, json_file)
+
+
+@main.command()
+@click.option("--template", is_flag=True, help="Print a recipe to start from.")
+@click.option("--check", type=PATH, metavar="FILE", help="Say whether FILE is a valid recipe.")
+@json_option
+def recipe(template: bool, check: Path | None, json_file: Path | None) -> None:
+    """Print a template, or check a recipe."""
+    from resq_deploy import recipe as recipes
+
+    if template == (check is not None):
+        raise click.UsageError("give one of --template and --check FILE")
+    if check is None:
+        click.echo(recipes.TEMPLATE, nl=False)
+        return
+    loaded = recipes.load(check)
+    recipes.load_manifest(Path(loaded.data.calibration))
+    click.echo(f"{check}: valid, {loaded.name} ({loaded.model.net} on {loaded.data.name})")
+    emit_json(loaded.model_dump(mode="json"), json_file)

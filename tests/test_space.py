@@ -59,6 +59,18 @@ def test_order_is_the_networks_even_where_weights_are_dequantized_in_reverse_ord
     assert [tensor.name for tensor in discover(model).space.tensors] == expected
 
 
+def test_a_shared_weight_stands_once_at_its_first_consumer() -> None:
+    model = onnx.load_model_from_string(models.quantized("qdq-tensor"))
+    scales = ["w1_scale", "w1_zero_point"]
+    node = helper.make_node("DequantizeLinear", ["w1_quantized", *scales], ["late"], "late")
+    model.graph.node.append(node)
+    model.graph.node.insert(0, helper.make_node("Neg", ["late"], ["n"], "early"))
+    first = discover(model).space.tensors
+    assert [tensor.node for tensor in first] == ["early", "conv2", "fc"]
+    del model.graph.node[0]
+    assert [tensor.node for tensor in discover(model).space.tensors] == ["conv1", "conv2", "fc"]
+
+
 def test_biases_are_listed_but_not_in_the_space() -> None:
     shapes = [row["shape"] for row in found(models.quantized("qdq-tensor")).excluded]
     assert sorted(shapes) == [[4], [4], [4]]
