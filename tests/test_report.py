@@ -334,6 +334,11 @@ class TestNumbers:
         assert gain["paired"]
         assert gain["points"] == 25
 
+    def test_golden_run_on_the_same_images(self, run_dir: Path) -> None:
+        found = row(build(run_dir), measure="golden")
+        assert found["stages"]["fault"]["n_correct"] == 190
+        assert found["gain"] is None
+
     def test_area_is_the_mean_over_log10_rates(self, run_dir: Path) -> None:
         # Equal steps of one decade: the trapezoid weighs the ends half.
         cell = row(build(run_dir), measure="area")["stages"]["fault"]
@@ -667,9 +672,9 @@ class TestInputErrors:
 def test_without_matplotlib_the_table_still_prints(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("resq_deploy.report.page", "resq_deploy.report.figures"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr("resq_deploy.report.page", raising=False)
+    for name in ("page", "figures"):
+        monkeypatch.delitem(sys.modules, f"resq_deploy.report.{name}", raising=False)
+        monkeypatch.delattr(sys.modules["resq_deploy.report"], name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtra, match=r"resq-deploy\[report\]"):
         report([run_dir], tmp_path / "p.html")

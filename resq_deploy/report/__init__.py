@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resq_deploy import artifacts
+from resq_deploy.callable_module import make_callable
 from resq_deploy.errors import InputError, MissingExtra
 from resq_deploy.report import sources, table
 
@@ -75,5 +76,7 @@ def _page() -> ModuleType:
         raise
     return page
 
+
+make_callable(__name__, report)
 
 __all__ = ["report", "stage_table"]

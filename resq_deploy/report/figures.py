@@ -79,13 +79,18 @@ def _draw(width: float, height: float, draw: Callable[[Figure], object], key: st
 
 
 def _inline(svg: str, key: str) -> str:
-    """Only what HTML needs: no prolog, comments and metadata; ids unique within the page."""
+    """Only what HTML needs: no prolog, comments and metadata; ids unique within the page.
+
+    It fills the width of the page within limits that keep its letters legible.
+    """
     box = re.search(r'viewBox="([^"]+)"', svg)
     assert box is not None
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<!--.*?-->\s*|<metadata>.*?</metadata>\s*", "", body, flags=re.DOTALL)
     body = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{key}-", body)
-    return f'<svg viewBox="{box[1]}" aria-hidden="true">{body.strip()}</svg>'
+    width = float(box[1].split()[2])
+    size = f"min-width: {0.85 * width:.0f}pt; max-width: {1.15 * width:.0f}pt"
+    return f'<svg viewBox="{box[1]}" style="{size}" aria-hidden="true">{body.strip()}</svg>'
 
 
 def _short(name: str) -> str:
@@ -182,6 +187,8 @@ def sdc_maps(panels: Sequence[Panel], layers: Sequence[str], key: str) -> str:
         bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
         bar.set_label("flips with silent data corruption, %")
         bar.outline.set_visible(False)
+        assert bar.solids is not None
+        bar.solids.set(rasterized=False, edgecolor="face")
 
     return _draw(2.6 + 4.0 * len(panels), 1.2 + 0.36 * len(layers), draw, key)
 

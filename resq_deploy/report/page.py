@@ -153,19 +153,14 @@ def _outcome_grid(campaigns: dict[str, Campaign], confidence: float) -> Grid:
     for label, campaign in campaigns.items():
         found = counts.outcomes(campaign.trials, confidence)
         accuracy = counts.fault_accuracy(campaign.trials, confidence)
-        rows.append(
-            {
-                "file": label,
-                "trials": found["n_trials"],
-                "images": campaign.header.n_images,
-                **{
-                    f"{name}, %": f"{found[name]['n']}: {table.percent(found[name])}"
-                    for name in counts.OUTCOMES
-                },
-                "mean accuracy, %": table.percent(accuracy),
-                "worst, %": f"{100 * accuracy['worst']:.1f}",
-            }
-        )
+        row = {"file": label, "trials": found["n_trials"], "images": campaign.header.n_images}
+        for name in counts.OUTCOMES:
+            title = f"{'SDC' if name == 'sdc' else name}, %"
+            row[title] = f"{found[name]['n']}: {table.percent(found[name])}"
+        if not campaign.by_rate:  # over all rates of a sweep together it would mean nothing
+            row["mean accuracy, %"] = table.percent(accuracy)
+        row["worst accuracy, %"] = f"{100 * accuracy['worst']:.1f}"
+        rows.append(row)
     return grid(rows)
 
 
@@ -269,18 +264,28 @@ def _epsilon_figure(run: Run) -> Figure | None:
     )
 
 
-def _twin_grid(made: dict[str, Any]) -> Grid:
+def _twin_grid(run: Run) -> Grid:
     """Twin and exported file side by side: how well the attack transfers."""
     rows = []
-    for row in made["rows"]:
-        if row["measure"] != "adversarial":
+    for name, stage in run.stages.items():
+        if stage.attack is None:
             continue
-        cells = {name: cell for name, cell in row["stages"].items() if cell}
-        line = {"epsilon": table.epsilon_label(row["epsilon"])}
-        for name, cell in cells.items():
-            line[f"{LABELS[name]}, twin"] = table.percent(cell["twin"])
-            line[f"{LABELS[name]}, exported"] = table.percent(cell)
-        rows.append(line)
+        attacked = sorted(stage.attack.epsilons, key=lambda e: e.epsilon)
+        clean = stage.attack.clean
+        pairs = [("0", clean.twin, clean.deployed)]
+        pairs += [(table.epsilon_label(e.epsilon), e.twin, e.deployed) for e in attacked]
+        rows += [
+            {
+                "stage": LABELS[name],
+                "epsilon": epsilon,
+                "twin, %": table.percent(counts.accuracy(twin, run.confidence)),
+                "exported file, %": table.percent(counts.accuracy(deployed, run.confidence)),
+                "images": deployed.n_total,
+                "PGD steps": stage.attack.steps,
+                "restarts": stage.attack.restarts,
+            }
+            for epsilon, twin, deployed in pairs
+        ]
     return grid(rows)
 
 
@@ -326,7 +331,7 @@ def _codes_figure(run: Run) -> Figure | None:
     return _figure(
         figures.codes(histograms, "codes"),
         "Histograms of integer weight codes before and after stage 3",
-        f"Integer codes of the {sum(overall[0])} weights before (grey) and after (blue) stage 3; "
+        f"Integer codes of the {sum(overall[0]):,} weights before (grey) and after (blue) stage 3; "
         f"{len(changed)} of {len(layers)} layers changed, and are shown first.",
     )
 
@@ -423,15 +428,17 @@ def _commands(run: Run) -> list[str]:
             command = ["inject", f"{out}/export/{name}/{DEPLOYED}", "--data", data]
             command += ["--images", str(header.n_images), "--fault", header.fault]
             if plan.get("kind") == "sweep":
-                rates = ",".join(table.rate_label(rate) for rate in plan["rates"])
+                rates = ",".join(repr(rate) for rate in plan["rates"])  # exactly
                 command += ["--rates", rates, "--draws", str(plan["draws"])]
             elif plan.get("margin"):
                 command += ["--margin", f"{plan['margin']:g}"]
                 command += ["--confidence", f"{plan['confidence']:g}"]
             elif plan.get("kind") == "exhaustive":
                 command += ["--exhaustive"]
+            elif plan.get("kind") == "random":
+                command += ["--trials", str(plan["trials"])]
             else:
-                command += ["--trials", str(plan.get("trials", len(campaign.trials)))]
+                continue  # a list of sites lies outside of the run
             command += ["--seed", str(header.seed), "--out", f"{out}/{campaign.name}"]
             commands.append(command)
     return [shlex.join(["resq-deploy", *command]) for command in commands]
@@ -469,7 +476,7 @@ def run_page(run: Run, made: dict[str, Any]) -> str:
         },
         ber=_ber_figure(ber, run.confidence, "ber", orders),
         epsilon=_epsilon_figure(run),
-        twins=_twin_grid(made),
+        twins=_twin_grid(run),
         maps=_map_figure(ends, "map"),
         outcomes=_outcome_grid(singles, run.confidence),
         layers=_by(singles, "layer", run.confidence),

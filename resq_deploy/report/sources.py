@@ -63,9 +63,8 @@ class Attack:
         pairs = [(self.clean.deployed, self.clean_correct)]
         for count, correct in pairs + [(e.deployed, e.correct) for e in self.epsilons]:
             ones = correct.count("1")
-            if (count.n_total, count.n_correct) != (len(correct), ones) or (
-                len(correct) != self.n_total or ones + correct.count("0") != len(correct)
-            ):
+            marked = (ones + correct.count("0"), ones)
+            if (count.n_total, count.n_correct) != marked or len(correct) != self.n_total:
                 raise ValueError(
                     f"{count.n_correct} of {count.n_total} counted, but {ones} of {len(correct)} "
                     f"marked correct, with n_total={self.n_total}"
@@ -86,10 +85,10 @@ class Clean:
         return Count(n_correct=self.n_correct, n_total=self.n_total)
 
     def __post_init__(self) -> None:
-        marked = self.correct
-        if marked is not None and (marked.count("1"), len(marked)) != (
-            self.count.n_correct,
-            self.count.n_total,
+        count, marked = self.count, self.correct
+        if marked is not None and (
+            (marked.count("1"), len(marked)) != (count.n_correct, count.n_total)
+            or marked.strip("01")
         ):
             raise ValueError("n_correct and n_total differ from what `correct` marks")
 

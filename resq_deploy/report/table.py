@@ -259,7 +259,20 @@ def _fault_rows(run: Run, warnings: list[str]) -> list[dict[str, Any]]:
     if a and b and (unlike := _unlike(a, b)):
         warnings.append(f"BER sweeps of baseline and hardened differ in {unlike}: no paired gain")
         a = b = None
-    rows = []
+    rows: list[dict[str, Any]] = []
+    if any(found.values()):
+        golden = {name: c.header.golden if c else None for name, c in found.items()}
+        rows.append(
+            {
+                "measure": "golden",
+                "label": "fault, none",
+                "stages": {
+                    name: counts.accuracy(c, run.confidence) if c else None
+                    for name, c in golden.items()
+                },
+                "gain": None,  # a store keeps no marks per image
+            }
+        )
     for rate in sorted({rate for rates in by_rate.values() for rate in rates}):
         at = {name: rates.get(rate) for name, rates in by_rate.items()}
         pairs = _pairs(at[BASELINE] or (), at[HARDENED] or ()) if a and b else []
@@ -283,7 +296,7 @@ def _fault_rows(run: Run, warnings: list[str]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "measure": "area",
-                "label": "fault, mean over log10 BER",
+                "label": "fault, mean over log BER",
                 "stages": {
                     name: _area(area[name], c.header.n_images, run.confidence) if c else None
                     for name, c in found.items()
@@ -304,6 +317,10 @@ def _at_least(value: float, limit: float) -> bool:
     return round(value, 9) >= limit
 
 
+def _wish(wanted: float) -> str:
+    return f"{wanted:+g} points" if wanted > 0 else f"at most {-wanted:g} points lost"
+
+
 def _judged(gain: Cell, wanted: float, where: str) -> dict[str, Any]:
     status = "reached" if _at_least(gain["points"], wanted) else "not reached"
     kind = f"paired over {gain['n']} {gain['unit']}" if gain["paired"] else "not paired"
@@ -311,13 +328,19 @@ def _judged(gain: Cell, wanted: float, where: str) -> dict[str, Any]:
         "status": status,
         "gain": gain,
         "wanted": wanted,
-        "text": f"{points(gain)} points ({kind}) {where}; wanted {wanted:+g}: {status}",
+        "wish": _wish(wanted),
+        "text": f"{points(gain)} points ({kind}) {where}; wanted {_wish(wanted)}: {status}",
     }
 
 
 def _undecided(wanted: float, why: str) -> dict[str, Any]:
-    text = f"{why}; wanted {wanted:+g} points: not decided"
-    return {"status": "not decided", "gain": None, "wanted": wanted, "text": text}
+    return {
+        "status": "not decided",
+        "gain": None,
+        "wanted": wanted,
+        "wish": _wish(wanted),
+        "text": f"{why}; wanted {_wish(wanted)}: not decided",
+    }
 
 
 def _at_first_loss(
@@ -416,7 +439,8 @@ def notes(table: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in sorted(table["versions"].items()))
     return [
         f"Exported int8 files in onnxruntime; accuracy in % with {level} intervals: Wilson over "
-        "images (clean, adversarial), bootstrap over fault patterns (fault).",
+        "images (clean, adversarial, no faults), bootstrap over fault patterns (fault). n: images, "
+        "or fault patterns x images.",
         "Gain: +adjust minus baseline in percentage points, paired on the same images and the "
         "same fault patterns" + _unpaired(table) + ".",
         f"Seed {table['seed']}; versions: {versions or 'unknown'}.",
@@ -490,18 +514,22 @@ def markdown(table: dict[str, Any]) -> str:
 
 def text(table: dict[str, Any]) -> str:
     """The table for a terminal, at most 100 columns for usual sizes: intervals stand below."""
-    parts = [_columns([*HEAD, "gain, points", "n"], "simple", _wrapped(_grid(table, "\n")))]
-    parts.append("\n".join(f"{TITLES[k]}: {v['text']}" for k, v in table["verdict"].items()))
-    parts.append("\n".join(notes(table)))
-    parts += [f"missing: {line}" for line in table["missing"]]
-    parts += [f"warning: {line}" for line in table["warnings"]]
-    return "\n".join(parts)
+    lines = [_columns([*HEAD, "gain, points", "n"], "simple", _wrapped(_grid(table, "\n"))), ""]
+    lines += [f"{TITLES[key]}: {found['text']}" for key, found in table["verdict"].items()]
+    lines += ["", *notes(table)]
+    lines += [f"missing: {line}" for line in table["missing"]]
+    lines += [f"warning: {line}" for line in table["warnings"]]
+    return "\n".join(lines)
 
 
 def _wrapped(rows: list[list[str]]) -> list[list[str]]:
-    """Labels and sizes on two lines, like the intervals."""
+    """Labels and sizes on two lines, like the intervals, and short."""
     return [
-        [label.replace(", ", ",\n"), *cells, size.replace(" x ", "\nx ")]
+        [
+            label.replace(", ", ",\n").replace("epsilon", "eps").replace("mean over", "mean"),
+            *cells,
+            size.replace(" x ", "\nx ").removesuffix(" images"),
+        ]
         for label, *cells, size in rows
     ]
 
