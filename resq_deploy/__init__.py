@@ -12,18 +12,21 @@ from importlib import import_module
 from typing import Any
 
 _PLACES = {
-    "harden": "resq_deploy.pipeline",
-    "run": "resq_deploy.pipeline",
-    "export": "resq_deploy.export",
-    "inject": "resq_deploy.inject",
-    "report": "resq_deploy.report",
+    "harden": ("resq_deploy.pipeline", "harden"),
+    "run": ("resq_deploy.pipeline", "run"),
+    "export": ("resq_deploy.export", None),
+    "inject": ("resq_deploy.inject", None),
+    "report": ("resq_deploy.report", None),
 }
+"""Name -> module, and function in it (None: the module itself is called)."""
 
 
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_PLACES[name]), name)
+    module, function = _PLACES[name]
+    found = import_module(module)
+    return found if function is None else getattr(found, function)
 
 
-__all__ = ["export", "harden", "inject", "report", "run"]  # noqa: F822 (see __getattr__)
+__all__ = ["export", "harden", "inject", "report", "run"]

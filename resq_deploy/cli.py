@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ class Edge(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; ResqError, OSError and Ctrl-C end with one line, never a traceback."""
+        warnings.filterwarnings("ignore", module="brevitas")  # about packages we do not use
         try:
             return super().invoke(ctx)
         except ResqError as error:

@@ -71,9 +71,7 @@ class Attack(Training):
     )
     epsilon: Fraction = Field(description="L-infinity radius of x', pixels in [0, 1]")
     steps: Positive = Field(1, description="PGD steps that make x'")
-    step_size: float = Field(
-        1.25, gt=0, description="PGD step, relative to epsilon / sqrt(steps)"
-    )
+    step_size: float = Field(1.25, gt=0, description="PGD step, relative to epsilon / sqrt(steps)")
     adversarial_weight: float = Field(1.0, ge=0, description="weight of the loss on x'")
     feature_weight: float = Field(1.0, ge=0, description="weight of the feature distance")
     distance: Literal["cosine", "mse"] = Field("cosine", description="feature distance D")

@@ -55,7 +55,12 @@ class _Bench:
     def attack(self, net: nn.Module) -> Any:
         c = self.config
         return evaluate.adversarial(
-            net, self.images, epsilon=c.epsilon, steps=c.steps, seed=self.seed, what="stage 3 attack"
+            net,
+            self.images,
+            epsilon=c.epsilon,
+            steps=c.steps,
+            seed=self.seed,
+            what="stage 3 attack",
         )
 
     def draw(self, net: nn.Module, name: str) -> list[Masks]:
@@ -122,7 +127,12 @@ def search(net: nn.Module, bench: _Bench, order: list[str]) -> list[dict[str, An
         for name in order:
             layer, before = layers[name], current
             weight = cast(Tensor, layer.weight)
-            original, scale_before, chosen, kept = weight.clone(), _scale(layer), 1.0, weight.clone()
+            original, scale_before, chosen, kept = (
+                weight.clone(),
+                _scale(layer),
+                1.0,
+                weight.clone(),
+            )
             for ratio in sorted(config.ratios, reverse=True):
                 weight.copy_(clip(original, ratio))
                 new = bench.terms(net)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from resq_deploy import artifacts, evaluate, runtime
+from resq_deploy.callable_module import make_callable
 from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
 from resq_deploy.export import checks
@@ -116,5 +117,7 @@ def export(source: Path, *, out: Path, images: Dataset, config: Export | None = 
         shutil.rmtree(staged, ignore_errors=True)
     return out / QDQ
 
+
+make_callable(__name__, export)
 
 __all__ = ["MANIFEST", "QDQ", "QONNX", "export", "output_step"]

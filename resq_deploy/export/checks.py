@@ -44,9 +44,7 @@ class Parity:
         )
 
 
-def parity(
-    names: tuple[str, str], a: NDArray[Any], b: NDArray[Any], *, step: float
-) -> Parity:
+def parity(names: tuple[str, str], a: NDArray[Any], b: NDArray[Any], *, step: float) -> Parity:
     """Compare logits (N, n_classes) of two executions; `step` is the output scale."""
     distance = np.rint(np.abs(a.astype(np.float64) - b) / step).max(axis=1)
     best = np.sort(a, axis=1)[:, -2:]

@@ -88,10 +88,12 @@ def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
     for node in users:
         weight_dq = producer[node.input[1]]
         stored_codes = numpy_helper.to_array(stored[weight_dq.input[0]])
-        scope = node.name.strip("/").split("/")[:-1]
-        # The exporter's scope repeats parents (layer1/layer1.0/conv1): join the last parts.
-        names = [n for n, c in wanted.items() if c.shape == stored_codes.shape
-                 and np.array_equal(c, stored_codes) and n.split(".")[-1] == _leaf(scope)]  # fmt: skip
+        leaf = node.name.split("/")[-2].split(".")[-1]  # /layer1/layer1.0/conv1/Conv -> conv1
+        names = [
+            name
+            for name, expected in wanted.items()
+            if name.split(".")[-1] == leaf and np.array_equal(expected, stored_codes)
+        ]
         if not names:
             raise ExportError(f"no weight of the network has the codes of node {node.name!r}")
         wanted.pop(names[0])
@@ -110,10 +112,6 @@ def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
     if wanted:
         raise ExportError(f"weights missing from the exported graph: {', '.join(wanted)}")
     drop_unused(graph)
-
-
-def _leaf(scope: list[str]) -> str:
-    return scope[-1].split(".")[-1] if scope else ""
 
 
 def finish(model: onnx.ModelProto, *, ir_version: int) -> onnx.ModelProto:

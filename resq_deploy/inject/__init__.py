@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resq_deploy import progress, runtime
+from resq_deploy.callable_module import make_callable
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.inject import campaign, plans, space
@@ -76,5 +77,7 @@ def inject(
     )
     return results([out], confidence=confidence)
 
+
+make_callable(__name__, inject)
 
 __all__ = ["ENGINES", "compare", "inject", "results", "verify", "write_csv", "write_sites"]

@@ -50,9 +50,7 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
     net.load_state_dict(tensors)
 
 
-def save(
-    path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any
-) -> dict[str, Any]:
+def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `net` (arguments of `build`)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)

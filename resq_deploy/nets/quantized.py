@@ -8,7 +8,7 @@ addition, quantized pooled features and logits.
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import brevitas.nn as qnn
 import torch
@@ -111,11 +111,9 @@ def _layer(old: nn.Module) -> nn.Module | None:
     """The Brevitas counterpart of one float module; None where it stays as it is."""
     weights = {"weight_quant": Int8WeightPerChannelFloat, "bias_quant": Int32Bias}
     if isinstance(old, nn.Conv2d):
-        new = qnn.QuantConv2d(
-            old.in_channels, old.out_channels, cast("tuple[int, int]", old.kernel_size),
-            stride=cast("tuple[int, int]", old.stride), padding=cast("tuple[int, int]", old.padding),
-            dilation=cast("tuple[int, int]", old.dilation), groups=old.groups, bias=True, **weights,
-        )  # fmt: skip
+        shape: Any = (old.in_channels, old.out_channels, old.kernel_size)
+        options: Any = {k: getattr(old, k) for k in ("stride", "padding", "dilation", "groups")}
+        new = qnn.QuantConv2d(*shape, bias=True, **options, **weights)
     elif isinstance(old, nn.Linear):
         new = qnn.QuantLinear(old.in_features, old.out_features, bias=True, **weights)
     elif isinstance(old, nn.ReLU):
@@ -165,4 +163,4 @@ def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
 
 def codes(layer: nn.Module) -> Tensor:
     """The int8 codes of a layer's weights, in the shape of the weight: what a file stores."""
-    return cast(Tensor, layer.quant_weight().int()).to(torch.int8)
+    return cast(Tensor, cast(Any, layer).quant_weight().int()).to(torch.int8)

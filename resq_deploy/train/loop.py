@@ -43,7 +43,7 @@ class Objective(Protocol):
 
 
 def precision(device: str) -> str:
-    """`bfloat16` where the device computes it natively, else `float32` (recorded, it moves bits)."""
+    """`bfloat16` where the device computes it natively, else `float32`; recorded: it moves bits."""
     if device == "cpu":
         return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
@@ -61,7 +61,7 @@ def _optimizer(net: nn.Module, config: Training) -> torch.optim.SGD:
     # Weight decay would pull activation scales and biases to zero: matrices and kernels only.
     decay = [p for p in net.parameters() if p.ndim > 1]
     rest = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest}]
+    groups: Any = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest}]
     return torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True)
 
 
