@@ -221,7 +221,7 @@ def open_store(path: Path) -> Store:
         raise InputError(f"store {path} does not exist; inject --out writes one")
     db = _connect(path)
     with _translated(path):
-        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+        damage = " ".join(db.execute("PRAGMA quick_check(1)").fetchone()[0].split())
         tables = {row[0] for row in db.execute("SELECT name FROM sqlite_master")}
     if damage != "ok":
         raise InputError(f"store {path} is damaged ({damage}); run the campaign again")

@@ -237,7 +237,10 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_store(
         os.killpg(process.pid, number)  # a terminal sends it to all processes
     else:
         process.kill()
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()  # whatever went wrong, nothing stays behind
     if number == signal.SIGINT:
         assert process.returncode == 130
         assert [line for line in errors.splitlines() if "trials" not in line] == [

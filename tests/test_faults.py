@@ -51,6 +51,7 @@ class TestContract:
         assert faults.parse(name).name == name
 
 
+@settings(deadline=None)
 @given(
     codes=st.lists(st.integers(-128, 127), min_size=1, max_size=40),
     fault=st.sampled_from(["single", "k:2", "ber"]),
@@ -128,7 +129,7 @@ def test_extreme_bit_error_rates(rate: float, flips: int) -> None:
     assert flat.tolist() == list(range(flips))
 
 
-@settings(max_examples=30)
+@settings(deadline=None, max_examples=30)
 @given(st.floats(0, 1), st.integers(1, 300))
 def test_any_bit_error_rate_and_size(rate: float, n_bits: int) -> None:
     flat = faults.parse("ber").sample(n_bits, seed=0, draw=0, rate=rate)

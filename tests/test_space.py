@@ -7,7 +7,7 @@ import json
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
@@ -177,6 +177,7 @@ def test_flat_numbering_visits_every_bit_once_in_order() -> None:
     assert [SPACE.flat(site) for site in sites] == list(range(SPACE.n_bits))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, SPACE.n_bits - 1), unique=True))
 def test_split_and_flat_are_inverse(flat: list[int]) -> None:
     sites = SPACE.sites(np.array(flat, np.int64))
