@@ -350,11 +350,19 @@ def verify(
 
 
 device_option = click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Where training runs.",
 )
 fresh_option = click.option("--fresh", is_flag=True, help="Forget what an earlier call finished.")
 out_folder = click.option(
-    "--out", type=click.Path(file_okay=False, path_type=Path), required=True, metavar="DIR"
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="Folder of the result.",
 )
 
 
@@ -542,7 +550,7 @@ def _epsilons(ctx: click.Context, option: click.Parameter, text: str) -> tuple[f
     metavar="E,E,...", help="L-infinity radii, pixels in [0, 1].",
 )  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of PGD.")
-@click.option("--restarts", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--restarts", type=click.IntRange(1), default=1, show_default=True, help="Starts.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 def attack(

@@ -29,7 +29,9 @@ def images(n: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (n, 1, 32, 32), generator=generator).float() / 255
 
 
-def attack(net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, **options: object) -> torch.Tensor:
+def attack(
+    net: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, **options: object
+) -> torch.Tensor:
     defaults = {"epsilon": 0.1, "steps": 3, "step_size": 1.25, "early_stop": False}
     generator = torch.Generator().manual_seed(0)
     return pgd(net, x, y, generator=generator, **(defaults | options))  # type: ignore[arg-type]

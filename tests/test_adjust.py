@@ -1,0 +1,125 @@
+"""Stage 3: clipping is rescaling, decisions keep to their constraints, nothing is made worse."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from resq_deploy import artifacts, data, recipe
+from resq_deploy.adjust import _Bench, _confirm, _output_means, adjust, clip, correct_biases, search
+from resq_deploy.errors import InputError
+from resq_deploy.nets import checkpoint
+from resq_deploy.nets.quantized import codes, weight_layers
+
+
+def config(**changes: object) -> recipe.Adjust:
+    fields = {"epsilon": 0.05, "patterns": 4, "steps": 1, "ratios": (0.9, 0.6), "margin": 0.05}
+    return recipe.Adjust(**(fields | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fault(tiny_run: Path) -> Path:
+    return tiny_run / "fault/checkpoint.safetensors"
+
+
+def images() -> data.Dataset:
+    train = data.load("digits").train
+    assert train is not None
+    return train.first(64)
+
+
+@pytest.mark.parametrize("ratio", [0.9, 0.5])
+def test_clipping_the_weights_is_choosing_a_smaller_scale(fault: Path, ratio: float) -> None:
+    """New scale = ratio * old, new code = old real value on the new grid, saturated at 127."""
+    net, _ = checkpoint.load(fault)
+    for layer in weight_layers(net).values():
+        w = layer.weight.detach().numpy().copy()  # type: ignore[union-attr, operator]
+        top = np.abs(w).max(axis=tuple(range(1, w.ndim)), keepdims=True)
+        with torch.no_grad():
+            layer.weight.copy_(clip(layer.weight, ratio))  # type: ignore[union-attr, operator, arg-type]
+        scale = np.float32(ratio) * top / np.float32(127)
+        expected = np.clip(np.rint(np.clip(w, -ratio * top, ratio * top) / scale), -127, 127)
+        difference = np.abs(codes(layer).numpy() - expected)
+        assert difference.max() <= 1 and (difference > 0).mean() < 1e-3  # ties of float32
+
+
+def test_decisions_improve_the_objective_within_the_margin(fault: Path) -> None:
+    net, _ = checkpoint.load(fault)
+    bench = _Bench(net, images(), config(rate=0.02), seed=0)
+    start = bench.terms(net)
+    decisions = search(net, bench, list(weight_layers(net)))
+    assert [d["layer"] for d in decisions] == list(weight_layers(net))
+    assert any(d["ratio"] < 1 for d in decisions)
+    for d in decisions:
+        assert d["clean_accuracy"] >= start.clean_accuracy - 0.05
+        assert d["adversarial_accuracy"] >= start.adversarial_accuracy - 0.05
+        if d["ratio"] < 1:
+            assert d["objective_after"] < d["objective_before"]
+            assert d["scale_after"] == pytest.approx(d["ratio"] * d["scale_before"], rel=1e-4)
+        else:
+            assert d["objective_after"] == d["objective_before"]
+            assert d["scale_after"] == d["scale_before"]
+
+
+def test_a_layer_is_left_alone_when_nothing_improves(fault: Path) -> None:
+    """Without faults in the objective, half of every weight's range cannot help for long:
+    the network ends at least as good as it began."""
+    net, _ = checkpoint.load(fault)
+    before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
+    bench = _Bench(net, images(), config(fault_weight=0.0, ratios=(0.01,)), seed=0)
+    decisions = search(net, bench, list(weight_layers(net)))
+    for d in decisions:
+        unchanged = torch.equal(codes(weight_layers(net)[d["layer"]]), before[d["layer"]])
+        assert unchanged == (d["ratio"] == 1.0)
+    assert any(d["ratio"] == 1.0 for d in decisions)
+
+
+def test_bias_correction_restores_the_mean_outputs(fault: Path) -> None:
+    reference, _ = checkpoint.load(fault)
+    net = copy.deepcopy(reference)
+    with torch.no_grad():
+        for layer in weight_layers(net).values():
+            layer.weight.copy_(clip(layer.weight, 0.5))  # type: ignore[union-attr, operator, arg-type]
+    target = _output_means(reference, images())
+    off = _output_means(net, images())
+    correct_biases(net, reference, images())
+    after = _output_means(net, images())
+    for name in target:
+        error, was = (
+            (after[name] - target[name]).abs().max(),
+            (off[name] - target[name]).abs().max(),
+        )
+        assert error < 0.05 * was + 1e-6, name
+
+
+def test_worse_on_unseen_patterns_means_reverted(fault: Path) -> None:
+    reference, _ = checkpoint.load(fault)
+    net = copy.deepcopy(reference)
+    with torch.no_grad():
+        for layer in weight_layers(net).values():
+            layer.weight.copy_(clip(layer.weight, 0.05))  # type: ignore[union-attr, operator, arg-type]
+    bench = _Bench(reference, images(), config(), seed=0)
+    kept, facts = _confirm(net, reference, bench)
+    assert kept is reference and facts["kept"] is False
+    assert facts["after"]["objective"] > facts["before"]["objective"]
+
+
+def test_the_artefact_records_codes_before_and_after(tiny_run: Path) -> None:
+    facts = artifacts.read_json(tiny_run / "adjust/checkpoint.json")
+    before, _ = checkpoint.load(tiny_run / "fault/checkpoint.safetensors")
+    after, _ = checkpoint.load(tiny_run / "adjust/checkpoint.safetensors")
+    for name, layer in weight_layers(before).items():
+        for key, net in (("before", before), ("after", after)):
+            stored = codes(weight_layers(net)[name]).numpy().astype(int).ravel() + 128
+            assert facts["codes"][name][key] == np.bincount(stored, minlength=256).tolist()
+        assert sum(facts["codes"][name]["before"]) == layer.weight.numel()  # type: ignore[union-attr, operator]
+
+
+def test_float_checkpoint_is_refused(tiny_run: Path, tmp_path: Path) -> None:
+    source = tiny_run / "float/checkpoint.safetensors"
+    with pytest.raises(InputError, match="is a float checkpoint; stage 3 needs an int8 one"):
+        adjust(source, out=tmp_path, images=images(), config=config())
