@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resq_deploy.errors import InputError
-from resq_deploy.metrics import bootstrap_mean, changed, sample_size, top1, wilson
+from resq_deploy.metrics import (
+    LARGE_SAMPLE,
+    bootstrap_mean,
+    changed,
+    sample_size,
+    top1,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -178,3 +185,12 @@ def test_changed_refuses_other_shapes_and_types() -> None:
         changed(golden, np.zeros((2, 4), np.float32))
     with pytest.raises(InputError, match="type"):
         changed(golden, golden.astype(np.float64))
+
+
+def test_large_samples_get_the_t_interval_and_it_agrees_with_the_bootstrap() -> None:
+    """Just below and just above the limit: the same interval within a twentieth of its width."""
+    values = np.random.default_rng(0).exponential(size=LARGE_SAMPLE)
+    large, small = bootstrap_mean(values), bootstrap_mean(values[:-1])
+    width = small.high - small.low
+    assert abs(large.low - small.low) < width / 20
+    assert abs(large.high - small.high) < width / 20

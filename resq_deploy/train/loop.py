@@ -74,6 +74,7 @@ def _save(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Objective
     write_tensors(path, tensors)
 
 
+@torch.no_grad()
 def _restore(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Objective) -> None:
     tensors = read_tensors(path)
 
@@ -84,7 +85,8 @@ def _restore(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Object
     momentum = part("momentum.")
     for name, p in net.named_parameters():
         if name in momentum:
-            sgd.state[p]["momentum_buffer"] = momentum[name].to(p.device)
+            # In the memory format of p: another one takes other kernels, which round otherwise.
+            sgd.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
     objective.load_state(part("objective."))
 
 
