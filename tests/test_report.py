@@ -640,6 +640,8 @@ class TestInputErrors:
         path = run_dir / "prove/baseline/ber.store"
         self.check([run_dir, path], tmp_path / "p.html", "one run directory")
         self.check([path, path], tmp_path / "p.html", "twice")
+        detour = run_dir / "prove/adjust/../baseline/ber.store"
+        self.check([path, detour], tmp_path / "p.html", "twice")
 
     @pytest.mark.parametrize(
         ("change", "words"),

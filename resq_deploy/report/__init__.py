@@ -56,14 +56,12 @@ def report(paths: Sequence[Path | str] | Path | str, out: Path | str) -> Path:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """File names; with as much of the folder as tells equal ones apart."""
-    if len(set(paths)) < len(paths):
-        raise InputError("a store is given twice; expected each one once")
-    depth = 1
-    while True:
-        names = ["/".join(path.absolute().parts[-depth:]) for path in paths]
+    full = [path.resolve() for path in paths]
+    for depth in range(1, max(len(path.parts) for path in full) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in full]
         if len(set(names)) == len(names):
             return names
-        depth += 1
+    raise InputError("a store is given twice; expected each one once")
 
 
 def _page() -> ModuleType:

@@ -74,12 +74,12 @@ def _draw(width: float, height: float, draw: Callable[[Figure], object], key: st
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), key)
 
 
 def _inline(svg: str, key: str) -> str:
-    """Only what HTML needs: no prolog, comments and metadata; ids unique within the page.
+    """Only what HTML needs: no prolog, comments and metadata (with its date); ids of its own.
 
     It fills the width of the page within limits that keep its letters legible.
     """
