@@ -24,7 +24,7 @@ def _counts(correct: NDArray[np.bool_]) -> dict[str, int]:
     return {"n_correct": int(correct.sum()), "n_total": len(correct)}
 
 
-def _bits(correct: NDArray[np.bool_]) -> str:
+def marks(correct: NDArray[np.bool_]) -> str:
     """One character per image, in order: what paired intervals need."""
     return "".join("01"[int(c)] for c in correct)
 
@@ -84,13 +84,13 @@ def attack(
                 "epsilon": epsilon,
                 "twin": _counts(on_twin),
                 "deployed": _counts(deployed),
-                "correct": _bits(deployed),
+                "correct": marks(deployed),
             }
         )
     result = inputs | {
         "n_total": len(data),
         "clean": {"twin": _counts(clean_twin), "deployed": _counts(clean)},
-        "clean_correct": _bits(clean),
+        "clean_correct": marks(clean),
         "epsilons": rows,
         "versions": artifacts.versions(),
     }

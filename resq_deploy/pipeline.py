@@ -8,7 +8,7 @@ from typing import Any
 
 from resq_deploy import artifacts, data, progress, runtime
 from resq_deploy.adjust import adjust
-from resq_deploy.attack import attack
+from resq_deploy.attack import attack, marks
 from resq_deploy.data import calibration
 from resq_deploy.data.base import Dataset, Splits
 from resq_deploy.errors import HeaderMismatch
@@ -58,8 +58,8 @@ def _clean(model: Path, test: Dataset, out: Path) -> None:
         return
     session = runtime.session(runtime.read_model(model), threads=0)
     right = top1(runtime.run(session, runtime.adapt(test.x, session))) == test.y
-    counts = {"n_correct": int(right.sum()), "n_total": len(test)}
-    artifacts.write_json(out, {"inputs": inputs, **counts})
+    facts = {"n_correct": int(right.sum()), "n_total": len(test), "correct": marks(right)}
+    artifacts.write_json(out, {"inputs": inputs, **facts})
 
 
 def _campaign(store: Path, fresh: bool, **options: Any) -> None:

@@ -1,0 +1,85 @@
+"""Write docs/results.md, docs/results/NAME.json and the table of README.md from finished runs.
+
+    resq-deploy run models/cifar10-resnet20.toml       # and the others
+    python benchmarks/results.py runs/cifar10-resnet20 runs/cifar10-resnet8 runs/digits-resnet8
+
+Only what the stores of the runs say: no number is typed by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from resq_deploy import artifacts
+from resq_deploy.report import sources, table
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+HEAD = """\
+# Results
+
+Written by `python benchmarks/results.py RUN...` from the stores of finished runs; the numbers behind
+the tables stand in [results/](results). Each table says its n, intervals, versions and hardware.
+Fault patterns, and the images under attack, are the same for every column of a table.
+"""
+
+
+def summary(found: dict[str, Any]) -> list[list[str]]:
+    """Rows of the README: clean, and the mildest attack and fault rate that the verdict uses."""
+    wanted = {
+        "clean": lambda row: True,
+        "adversarial": lambda row: row["epsilon"] == found["verdict"]["attack"].get("epsilon"),
+        "fault": lambda row: row["rate"] == found["verdict"]["fault"].get("rate"),
+    }
+    return [
+        [
+            found["name"],
+            row["label"],
+            table.percent(row["stages"]["baseline"]),
+            table.percent(row["stages"]["adjust"]),
+            table.points(row["gain"]),
+            table.row_size(row),
+        ]
+        for row in found["rows"]
+        if row["measure"] in wanted and wanted[row["measure"]](row)
+    ]
+
+
+def main(runs: list[Path]) -> None:
+    """One section a run, in the order given."""
+    sections, rows, footers = [HEAD], [], []
+    for run in runs:
+        found = table.build(sources.load(run))
+        name = found["name"]
+        artifacts.write_json(ROOT / "docs" / "results" / f"{name}.json", found)
+        text = table.markdown(found).replace("# ", "## ", 1)
+        sections.append(f"{text}\nCommand: `resq-deploy run models/{name}.toml`\n")
+        rows += summary(found)
+        footers.append(f"onnxruntime {found['versions']['onnxruntime']}, {found['cpu']['name']}")
+    page = "\n".join(sections)
+    artifacts.write(ROOT / "docs" / "results.md", lambda p: p.write_text(page, encoding="utf-8"))
+    headers = ["recipe", "accuracy, %", "int8 baseline", "hardened", "gain, points", "n"]
+    block = (
+        tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+        + "\n\nExported int8 files in onnxruntime, 95 % intervals; gains are paired on the same images"
+        + " and the same fault patterns.\nAttacks: white-box PGD-20 on the Brevitas twin, replayed on"
+        + " the file. "
+        + "; ".join(dict.fromkeys(footers))
+        + ".\nEvery stage, rate and radius: [docs/results.md](docs/results.md)"
+        + " (`python benchmarks/results.py RUN...`)."
+    )
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, _, rest = readme.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    text = f"{before}{BEGIN}\n{block}\n{END}{after}"
+    artifacts.write(ROOT / "README.md", lambda p: p.write_text(text, encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit("usage: python benchmarks/results.py RUN...")
+    main([Path(argument) for argument in sys.argv[1:]])
