@@ -22,9 +22,9 @@ BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 HEAD = """\
 # Results
 
-Written by `python benchmarks/results.py RUN...` from the stores of finished runs; the numbers behind
-the tables stand in [results/](results). Each table says its n, intervals, versions and hardware.
-Fault patterns, and the images under attack, are the same for every column of a table.
+Written by `python benchmarks/results.py RUN...` from the stores of finished runs; the numbers
+behind the tables stand in [results/](results). Each table says its n, intervals, versions and
+hardware. Fault patterns, and the images under attack, are the same for every column of a table.
 """
 
 
@@ -57,20 +57,26 @@ def main(runs: list[Path]) -> None:
         name = found["name"]
         artifacts.write_json(ROOT / "docs" / "results" / f"{name}.json", found)
         text = table.markdown(found).replace("# ", "## ", 1)
-        sections.append(f"{text}\nCommand: `resq-deploy run models/{name}.toml`\n")
+        attack = artifacts.read_json(run / "prove" / "baseline" / "attack.json")
+        sections.append(
+            f"{text}\nAttack: PGD with {attack['steps']} steps, {attack['restarts']} random start, "
+            "step size 1.25 epsilon / sqrt(steps).  \n"
+            f"Command: `resq-deploy run models/{name}.toml`\n"
+        )
         rows += summary(found)
         footers.append(f"onnxruntime {found['versions']['onnxruntime']}, {found['cpu']['name']}")
     page = "\n".join(sections)
     artifacts.write(ROOT / "docs" / "results.md", lambda p: p.write_text(page, encoding="utf-8"))
     headers = ["recipe", "accuracy, %", "int8 baseline", "hardened", "gain, points", "n"]
-    block = (
-        tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-        + "\n\nExported int8 files in onnxruntime, 95 % intervals; gains are paired on the same images"
-        + " and the same fault patterns.\nAttacks: white-box PGD-20 on the Brevitas twin, replayed on"
-        + " the file. "
-        + "; ".join(dict.fromkeys(footers))
-        + ".\nEvery stage, rate and radius: [docs/results.md](docs/results.md)"
-        + " (`python benchmarks/results.py RUN...`)."
+    block = "\n".join(
+        [
+            tabulate(rows, headers, tablefmt="github", disable_numparse=True),
+            "",
+            "Exported int8 files in onnxruntime, 95 % intervals; gains are paired on the same",
+            "images and fault patterns. Attacks: white-box PGD on the Brevitas twin, replayed on",
+            "the file. " + "; ".join(dict.fromkeys(footers)) + ".",
+            "Every stage, rate and radius, with the commands: [docs/results.md](docs/results.md).",
+        ]
     )
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
