@@ -7,8 +7,7 @@ choosing the new scale c max|w| / 127: a flipped bit then moves the weight by le
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -155,30 +154,23 @@ def search(net: nn.Module, bench: _Bench, order: list[str]) -> list[dict[str, An
     return decisions
 
 
-@contextmanager
-def _means(net: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Collects the per-channel sums of every weight layer's output."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in weight_layers(net)}
+def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
+    """Mean over images and positions of every weight layer's output, per channel."""
+    layers = weight_layers(net)
+    sums: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            y = value(out).transpose(0, 1).flatten(1)
-            seen[name].append(y.double().mean(dim=1))
+            y = value(out).transpose(0, 1).flatten(1).double()  # (channels, images x positions)
+            sums[name] = sums.get(name, torch.zeros(())) + y.sum(dim=1) * (len(out) / y.shape[1])
 
         return hook
 
-    handles = [m.register_forward_hook(keep(n)) for n, m in weight_layers(net).items()]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
-    with _means(net) as seen:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_hook(keep(name)).remove)
         evaluate.logits(net, images.x)
-    return {name: torch.stack(parts).mean(dim=0) for name, parts in seen.items()}
+    return {name: total / len(images) for name, total in sums.items()}
 
 
 @torch.no_grad()
