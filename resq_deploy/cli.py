@@ -448,13 +448,12 @@ recipe_option = click.option(
 
 def _recipe_of(checkpoint: Path, recipe: Path | None, root: Path | None) -> Any:
     """The recipe given, or the one that the checkpoint's sidecar holds."""
-    from resq_deploy import artifacts
     from resq_deploy import recipe as recipes
 
     if recipe is None:
-        facts = artifacts.read_json(artifacts.sidecar(checkpoint))
-        if "recipe" not in facts:
-            raise InputError(f"{artifacts.sidecar(checkpoint)} names no recipe; give --recipe")
+        from resq_deploy.nets import checkpoint as checkpoints
+
+        _, facts = checkpoints.load(checkpoint)
         raw = dict(facts["recipe"])
         raw["data"] = raw["data"] | {"calibration": ""}
         loaded = recipes.parse(raw, str(checkpoint))

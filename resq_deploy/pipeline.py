@@ -128,8 +128,7 @@ def run(
     """
     splits: Splits = data.load(recipe.data.name, recipe.data.root)
     stages = harden(recipe, out=out, device=device, fresh=fresh)
-    without = {"data": {"root", "calibration"}, "float": {"checkpoint"}}
-    artifacts.write_json(out / "recipe.json", recipe.model_dump(mode="json", exclude=without))
+    artifacts.write_json(out / "recipe.json", recipe.portable())
     for stage in COMPARED:
         step(f"export {stage}")
         model = export(

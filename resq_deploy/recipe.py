@@ -155,6 +155,11 @@ class Recipe(_Section):
     export: Export = Export()
     prove: Prove = Prove()
 
+    def portable(self) -> dict[str, Any]:
+        """Plain JSON values without the paths of this machine, for artefacts."""
+        paths = {"data": {"root", "calibration"}, "float": {"checkpoint"}}
+        return self.model_dump(mode="json", exclude=paths)
+
 
 class CalibrationManifest(_Section):
     """Which images calibrate: activation scales, stage 3."""

@@ -133,6 +133,11 @@ def test_changed_checkpoint_is_refused(tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+def test_checkpoint_without_sidecar_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no sidecar checkpoint.json beside it"):
+        checkpoint.load(tmp_path / "checkpoint.safetensors")
+
+
 def test_pickle_is_never_opened(tmp_path: Path) -> None:
     """A torch.save file with another ending is refused, not executed."""
     path = tmp_path / "checkpoint.safetensors"

@@ -61,6 +61,11 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Raises InputError for a missing or broken file or sidecar, or a changed digest.
     """
+    if not artifacts.sidecar(path).is_file():
+        raise InputError(
+            f"{path} has no sidecar {artifacts.sidecar(path).name} beside it; give a checkpoint "
+            "that `resq-deploy train` or `adjust` wrote"
+        )
     facts = artifacts.read_json(artifacts.sidecar(path))
     tensors = read_tensors(path)
     if facts.get("sha256") != artifacts.sha256(path):

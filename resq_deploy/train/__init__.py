@@ -122,7 +122,7 @@ def train(
         "stage": stage,
         "quantized": stage != "float",
         "net": arguments,
-        "recipe": recipe.model_dump(mode="json", exclude={"data": {"root", "calibration"}}),
+        "recipe": recipe.portable(),
         "history": history,
         "precision": precision(device),
         "threads": torch.get_num_threads(),
