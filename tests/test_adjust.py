@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from resq_deploy import artifacts, data, recipe
-from resq_deploy.adjust import _Bench, _confirm, _output_means, adjust, clip, correct_biases, search
+from resq_deploy.adjust import (
+    _Bench,
+    _output_means,
+    adjust,
+    clip,
+    confirm,
+    correct_biases,
+    search,
+)
 from resq_deploy.errors import InputError
 from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import codes, weight_layers
@@ -49,7 +57,7 @@ def test_clipping_the_weights_is_choosing_a_smaller_scale(fault: Path, ratio: fl
 
 def test_decisions_improve_the_objective_within_the_margin(fault: Path) -> None:
     net, _ = checkpoint.load(fault)
-    bench = _Bench(net, images(), config(rate=0.02), seed=0)
+    bench = _Bench(net, images(), config(rate=0.02), seed=0, name="search")
     start = bench.terms(net)
     decisions = search(net, bench, list(weight_layers(net)))
     assert [d["layer"] for d in decisions] == list(weight_layers(net))
@@ -70,7 +78,7 @@ def test_a_layer_is_left_alone_when_nothing_improves(fault: Path) -> None:
     the network ends at least as good as it began."""
     net, _ = checkpoint.load(fault)
     before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
-    bench = _Bench(net, images(), config(fault_weight=0.0, ratios=(0.01,)), seed=0)
+    bench = _Bench(net, images(), config(fault_weight=0.0, ratios=(0.01,)), seed=0, name="search")
     decisions = search(net, bench, list(weight_layers(net)))
     for d in decisions:
         unchanged = torch.equal(codes(weight_layers(net)[d["layer"]]), before[d["layer"]])
@@ -102,10 +110,25 @@ def test_worse_on_unseen_patterns_means_reverted(fault: Path) -> None:
     with torch.no_grad():
         for layer in weight_layers(net).values():
             layer.weight.copy_(clip(layer.weight, 0.05))  # type: ignore[union-attr, operator, arg-type]
-    bench = _Bench(reference, images(), config(), seed=0)
-    kept, facts = _confirm(net, reference, bench)
+    kept, facts = confirm(net, reference, images(), config(), seed=0)
     assert kept is reference and facts["kept"] is False
     assert facts["after"]["objective"] > facts["before"]["objective"]
+
+
+def test_equal_on_unseen_patterns_means_left_alone(fault: Path) -> None:
+    reference, _ = checkpoint.load(fault)
+    kept, facts = confirm(copy.deepcopy(reference), reference, images(), config(), seed=0)
+    assert kept is reference and facts["change"]["value"] == 0
+
+
+def test_clearly_better_on_unseen_patterns_is_kept(fault: Path) -> None:
+    """The reference has lost its classifier; the candidate is whole."""
+    net, _ = checkpoint.load(fault)
+    reference = copy.deepcopy(net)
+    with torch.no_grad():
+        weight_layers(reference)["fc"].weight.mul_(-1)  # type: ignore[union-attr, operator]
+    kept, facts = confirm(net, reference, images(), config(), seed=0)
+    assert kept is net and facts["change"]["high"] < 0
 
 
 def test_the_artefact_records_codes_before_and_after(tiny_run: Path) -> None:
