@@ -203,6 +203,10 @@ def make_run(folder: Path, made: Made | None = None) -> Path:
                     for i, layer in enumerate(made.layers)
                 ],
                 "bias_correction": {"kept": True},
+                "held_out": {
+                    "kept": False,
+                    "change": {"value": -0.003, "low": -0.011, "high": 0.004, "n": 32},
+                },
                 "codes": {
                     layer: {"before": histogram(30), "after": histogram(50 if i else 30)}
                     for i, layer in enumerate(made.layers)
@@ -541,6 +545,7 @@ class TestPage:
         for part in ("onnxruntime all", "999", "e" * 64, "QLinearConv: 9", "torch", "Testium"):
             assert part in html
         assert "1 left alone" in html
+        assert "-0.0030 [-0.0110, +0.0040] (paired over 32 patterns): not kept" in html
         assert "resq-deploy inject runs/toy/export/adjust/model.qdq.onnx --data digits" in html
         assert "/far/away" not in html
 

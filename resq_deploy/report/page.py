@@ -362,8 +362,20 @@ def _decisions(run: Run) -> tuple[Grid, list[str]]:
         alone = sum(row.get("ratio") == 1.0 for row in found)
         lines.append(f"{len(found) - alone} of {len(found)} layers clipped, {alone} left alone.")
     if isinstance(correction := made.get("bias_correction"), dict):
-        lines.append(f"Bias correction: {cell_text(correction)}.")
+        lines.append(f"Bias correction: {_kept(correction)}.")
+    if isinstance(check := made.get("held_out"), dict) and isinstance(check.get("change"), dict):
+        change = check["change"]
+        lines.append(
+            "On images and fault patterns that the search did not see, the objective changed by "
+            f"{change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}] (paired over "
+            f"{change['n']} patterns): {_kept(check)}"
+            + ("." if check.get("kept") else "; the weights are those of stage 2.")
+        )
     return grid(found), lines
+
+
+def _kept(step: dict[str, Any]) -> str:
+    return "kept" if step.get("kept") else "not kept"
 
 
 def _manifests(run: Run) -> dict[str, dict[str, Any]]:
