@@ -58,9 +58,17 @@ def main(runs: list[Path]) -> None:
         artifacts.write_json(ROOT / "docs" / "results" / f"{name}.json", found)
         text = table.markdown(found).replace("# ", "## ", 1)
         attack = artifacts.read_json(run / "prove" / "baseline" / "attack.json")
+        facts = artifacts.read_json(run / "fault" / "checkpoint.json")
+        check = artifacts.read_json(run / "adjust" / "checkpoint.json")["held_out"]
+        change, kept = check["change"], "kept" if check["kept"] else "not kept"
         sections.append(
             f"{text}\nAttack: PGD with {attack['steps']} steps, {attack['restarts']} random start, "
             "step size 1.25 epsilon / sqrt(steps).  \n"
+            f"Stage 3 on images and patterns it had not seen: objective {change['value']:+.4f} "
+            f"[{change['low']:+.4f}, {change['high']:+.4f}], {kept}.  \n"
+            f"Training: {facts['precision']}, {facts['threads']} thread(s), torch "
+            f"{facts['versions']['torch']}, Brevitas {facts['versions']['brevitas']}; another "
+            "number of threads sums in another order and moves the last bits.  \n"
             f"Command: `resq-deploy run models/{name}.toml`\n"
         )
         rows += summary(found)
