@@ -115,8 +115,13 @@ def test_public_functions_are_where_the_documentation_says() -> None:
 
 
 def _start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    # A shell starts background jobs with SIGINT ignored, and children inherit that.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from resq_deploy.cli import main; main()"
+    )
     return subprocess.Popen(
-        [sys.executable, "-m", "resq_deploy", *arguments],
+        [sys.executable, "-c", code, *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
