@@ -172,13 +172,22 @@ def train(net: nn.Module, objective: CrossEntropy, folder: Path, **changes: Any)
     return fit(net, digits(), objective, config, resume=resume, **options)
 
 
-def test_resume_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    """Stopped in the second epoch, continued: weights and history as if nothing happened."""
-    whole = build("resnet8", n_classes=10, in_channels=1, seed=1)
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "int8"])
+def test_resume_ends_with_the_same_bytes(quantized: bool, tmp_path: Path) -> None:
+    """Stopped in the second epoch, continued: weights and history as if nothing happened.
+
+    int8 too: Brevitas replaces parameters while it loads a state.
+    """
+
+    def fresh() -> nn.Module:
+        return int8() if quantized else build("resnet8", n_classes=10, in_channels=1, seed=1)
+
+    whole, resumed = fresh(), fresh()
     history = train(whole, CrossEntropy(), tmp_path / "a")
     with pytest.raises(Stop):
-        train(build("resnet8", n_classes=10, in_channels=1, seed=1), StopsAt(3), tmp_path / "b")
-    resumed = build("resnet8", n_classes=10, in_channels=1, seed=99)  # its weights must not matter
+        train(fresh(), StopsAt(3), tmp_path / "b")
+    with torch.no_grad():
+        resumed.get_submodule("conv1").weight.zero_()  # type: ignore[union-attr, operator]
     assert train(resumed, CrossEntropy(), tmp_path / "b") == history
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name

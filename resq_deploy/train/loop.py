@@ -74,20 +74,23 @@ def _save(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Objective
     write_tensors(path, tensors)
 
 
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 @torch.no_grad()
-def _restore(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Objective) -> None:
+def _restore(path: Path, net: nn.Module, config: Training, objective: Objective) -> torch.optim.SGD:
     tensors = read_tensors(path)
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-    net.load_state_dict(part("net."))
-    momentum = part("momentum.")
+    net.load_state_dict(_part(tensors, "net."))
+    # Only now: Brevitas replaces parameters while it loads, and the optimizer must hold the new.
+    sgd = _optimizer(net, config)
+    momentum = _part(tensors, "momentum.")
     for name, p in net.named_parameters():
         if name in momentum:
             # In the memory format of p: another one takes other kernels, which round otherwise.
             sgd.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
-    objective.load_state(part("objective."))
+    objective.load_state(_part(tensors, "objective."))
+    return sgd
 
 
 def fit(
@@ -110,10 +113,11 @@ def fit(
     InputError when the loss is no longer finite.
     """
     net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    sgd = _optimizer(net, config)
     history: list[dict[str, float]] = []
-    if artifacts.is_current(resume, inputs):
-        _restore(resume, net, sgd, objective)
+    if not artifacts.is_current(resume, inputs):
+        sgd = _optimizer(net, config)
+    else:
+        sgd = _restore(resume, net, config, objective)
         history = artifacts.read_json(artifacts.sidecar(resume))["history"]
     # Every step sees a full batch, whatever the size of the set: the tail joins the next epoch's
     # shuffle. A set smaller than one batch is one step.
