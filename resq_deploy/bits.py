@@ -16,9 +16,44 @@ from resq_deploy.errors import InputError
 Codes = NDArray[Any]
 
 
+PACKED = {"int4": 4, "uint4": 4, "uint1": 1}
+"""Bits of the types that share bytes; numpy does not have them."""
+
+
 def width(dtype: Any) -> int:
-    """Stored bits of one element of `dtype` (8 for int8 and uint8, 32 for int32)."""
-    return int(np.dtype(dtype).itemsize) * 8
+    """Stored bits of one element of `dtype` (8 for int8, 32 for int32, 4 for "int4")."""
+    packed = PACKED.get(dtype) if isinstance(dtype, str) else None
+    return packed or int(np.dtype(dtype).itemsize) * 8
+
+
+def from_nibbles(nibbles: Codes, dtype: str) -> Codes:
+    """The codes that 4-bit patterns (uint8, 0 to 15) stand for, as int8 or uint8.
+
+    >>> from_nibbles(np.array([7, 8, 15], np.uint8), "int4")
+    array([ 7, -8, -1], dtype=int8)
+    """
+    return nibbles if dtype == "uint4" else ((nibbles ^ 8).astype(np.int8) - 8).astype(np.int8)
+
+
+def unpack(raw: Codes, size: int, dtype: str) -> Codes:
+    """The first `size` int4 or uint4 codes of packed bytes, low nibble first, as ONNX stores them.
+
+    >>> unpack(np.array([0x8F, 0x07], np.uint8), 3, "int4")
+    array([-1, -8,  7], dtype=int8)
+    """
+    nibbles = np.stack([raw & 15, raw >> 4], axis=1).reshape(-1)[:size]
+    return from_nibbles(nibbles, dtype)
+
+
+def pack(codes: Codes) -> Codes:
+    """int4 or uint4 codes (int8 or uint8) as packed bytes; the inverse of `unpack`.
+
+    >>> pack(np.array([-1, -8, 7], np.int8)).tolist() == [0x8F, 0x07]
+    True
+    """
+    nibbles = codes.astype(np.uint8) & 15
+    nibbles = np.concatenate([nibbles, np.zeros(nibbles.size % 2, np.uint8)])
+    return np.asarray(nibbles[0::2] | (nibbles[1::2] << 4))
 
 
 def _unsigned(codes: Codes) -> Codes:

@@ -21,6 +21,10 @@ class UnsupportedModel(InputError):
     """An ONNX file holds something we refuse to guess about; it is named."""
 
 
+class Refused(InputError):
+    """onnxruntime does not load or run a model; with a fault in it, that is a detected error."""
+
+
 class HeaderMismatch(InputError):
     """A stored campaign belongs to another model, data set, plan or seed."""
 

@@ -20,7 +20,7 @@ import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from resq_deploy.errors import InputError
+from resq_deploy.errors import InputError, Refused
 
 Array = NDArray[Any]
 
@@ -154,7 +154,7 @@ def session(
     """A CPU session of serialized model bytes.
 
     `level` is a key of LEVELS. `precise` sets session.x64quantprecision (default: where
-    `cpu_features` asks for it). InputError when onnxruntime refuses the model.
+    `cpu_features` asks for it). Refused when onnxruntime does not load the model.
     """
     if precise is None:
         precise = bool(cpu_features()["x64quantprecision"])
@@ -162,7 +162,7 @@ def session(
     try:
         built = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise InputError(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+        raise Refused(f"onnxruntime cannot load the model: {_one_line(error)}") from None
     if len(built.get_inputs()) != 1:
         names = ", ".join(i.name for i in built.get_inputs())
         raise InputError(f"the model has the inputs {names}; a classifier with one input expected")
@@ -182,7 +182,7 @@ def kernels(model: bytes) -> dict[str, int]:
         try:
             ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # as in `session`
-            raise InputError(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+            raise Refused(f"onnxruntime cannot load the model: {_one_line(error)}") from None
         optimized = onnx.load(file)
     return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
 
@@ -220,7 +220,7 @@ def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
     """First output (N, ...) for adapted images (N, ...), `chunk` images at a time.
 
     A model with a fixed batch size is fed that many; the last chunk is padded with its last
-    image and the padding cut off again.
+    image and the padding cut off again. Refused when onnxruntime does not run the model.
     """
     want = built.get_inputs()[0]
     fixed = want.shape[0] if want.shape and isinstance(want.shape[0], int) else None
@@ -234,7 +234,7 @@ def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
         try:
             output = built.run([built.get_outputs()[0].name], {want.name: part})[0]
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise InputError(f"onnxruntime cannot run the model: {_one_line(error)}") from None
+            raise Refused(f"onnxruntime cannot run the model: {_one_line(error)}") from None
         if not isinstance(output, np.ndarray) or output.ndim < 2 or len(output) != len(part):
             raise InputError(
                 f"the model's first output {built.get_outputs()[0].name} is "

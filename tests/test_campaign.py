@@ -16,6 +16,7 @@ from resq_deploy import metrics, progress, runtime, store
 from resq_deploy.data import Dataset
 from resq_deploy.errors import HeaderMismatch, InputError
 from resq_deploy.inject import campaign, compare, inject, results, write_csv, write_sites
+from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.space import discover
 
@@ -49,9 +50,9 @@ def test_counts_equal_a_plain_loop(model: Path, tmp_path: Path) -> None:
     inject(model, DATA, out=tmp_path / "s", trials=20, seed=4)
     found = discover(onnx.load(model))
     engine = Reload(found.model, found.space, DATA.x)
-    golden = engine.run(np.empty(0, np.int64))
+    golden = engine.run({})
     for trial in trials(tmp_path / "s"):
-        output = engine.run(np.array([found.space.flat(trial.site)]))
+        output = engine.run(Memory.of(found).read(np.array([found.space.flat(trial.site)])))
         top1 = output.argmax(1)
         assert trial.n_correct == (top1 == DATA.y).sum()
         assert trial.n_sdc == (top1 != golden.argmax(1)).sum()
@@ -183,7 +184,7 @@ def test_csv_has_a_row_a_trial_and_draws_sites_again(model: Path, tmp_path: Path
     assert len(plain) == 10
     found = discover(onnx.load(model))
     engine = Reload(found.model, found.space, DATA.x)
-    golden = engine.run(np.empty(0, np.int64))
+    golden = engine.run({})
     for bare, row in zip(plain, sites, strict=True):
         hit = [row[name].split(";") if row[name] else [] for name in ("tensor", "offset", "bit")]
         assert {len(column) for column in hit} == {int(row["n_flips"])}
@@ -191,7 +192,7 @@ def test_csv_has_a_row_a_trial_and_draws_sites_again(model: Path, tmp_path: Path
             assert bare["tensor"] == bare["offset"] == bare["bit"] == ""
         starts = dict(zip([t.name for t in found.space.tensors], found.space.starts, strict=False))
         flat = [starts[t] + 8 * int(o) + int(b) for t, o, b in zip(*hit, strict=True)]
-        output = engine.run(np.array(flat, np.int64))
+        output = engine.run(Memory.of(found).read(np.array(flat, np.int64)))
         assert int(row["n_changed"]) == metrics.changed(golden, output).sum()
 
 

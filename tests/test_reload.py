@@ -13,6 +13,7 @@ import models
 from resq_deploy import metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
+from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.space import discover
 from resq_deploy.records import Site
@@ -42,8 +43,8 @@ def _sites(space, pattern) -> list[Site]:
     return [Site(tensor=space.tensors[t].name, offset=o, bit=b) for t, o, b in pattern]
 
 
-def _flat(space, sites) -> np.ndarray:
-    return np.array([space.flat(site) for site in sites], np.int64)
+def _change(found, sites) -> Change:
+    return Memory.of(found).read(np.array([found.space.flat(s) for s in sites], np.int64))
 
 
 @pytest.mark.parametrize("name", models.ALL)
@@ -52,7 +53,7 @@ def test_equals_the_patched_file_bit_for_bit(name: str, pattern: list) -> None:
     raw, data = models.quantized(name), models.data()
     found = discover(onnx.load_model_from_string(raw))
     sites = _sites(found.space, pattern)
-    output = Reload(found.model, found.space, data.x).run(_flat(found.space, sites))
+    output = Reload(found.model, found.space, data.x).run(_change(found, sites))
     options = ort.SessionOptions()
     if runtime.cpu_features()["x64quantprecision"]:  # other kernels, other rounding of floats
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -78,7 +79,7 @@ def test_agrees_with_the_onnx_reference(name: str, pattern: list) -> None:
     raw, data = models.quantized(name), models.data()
     found = discover(onnx.load_model_from_string(raw))
     sites = _sites(found.space, pattern)
-    output = Reload(found.model, found.space, data.x).run(_flat(found.space, sites))
+    output = Reload(found.model, found.space, data.x).run(_change(found, sites))
     model = _patched(raw, sites)
     domains = {o.domain for o in model.opset_import if o.domain not in ("", "ai.onnx")}
     assert not {n.domain for n in model.graph.node} & domains
@@ -97,8 +98,8 @@ def test_no_flips_give_the_golden_run_and_a_pattern_leaves_no_trace() -> None:
     found = discover(onnx.load_model_from_string(raw))
     engine = Reload(found.model, found.space, data.x)
     before = found.model.SerializeToString()
-    assert not metrics.changed(golden, engine.run(np.empty(0, np.int64))).any()
-    assert metrics.changed(golden, engine.run(np.arange(found.space.n_bits))).any()
+    assert not metrics.changed(golden, engine.run({})).any()
+    assert metrics.changed(golden, engine.run(Memory.of(found).read(np.arange(found.space.n_bits)))).any()
     assert found.model.SerializeToString() == before
 
 
@@ -111,7 +112,8 @@ def test_the_model_is_restored_when_a_run_fails(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(runtime, "session", fail)
     with pytest.raises(InputError):
-        Reload(found.model, found.space, models.data().x).run(np.array([3]))
+        engine = Reload(found.model, found.space, models.data().x)
+        engine.run(Memory.of(found).read(np.array([3])))
     assert found.model.SerializeToString() == before
 
 

@@ -26,8 +26,10 @@ from numpy.typing import NDArray
 
 from resq_deploy import metrics, progress, runtime
 from resq_deploy.data import Dataset
-from resq_deploy.errors import InputError, ResqError
+from resq_deploy.errors import InputError, Refused, ResqError
 from resq_deploy.inject import space
+from resq_deploy.inject.memory import Memory
+from resq_deploy.inject.observe import Golden, observe, refused, trial
 from resq_deploy.inject.plans import Plan
 from resq_deploy.inject.reload import Reload
 from resq_deploy.records import Count, Trial
@@ -58,30 +60,25 @@ class Evaluator:
     def __init__(self, job: Job) -> None:
         self._job = job
         found = space.discover(runtime.parse_model(job.model))
-        self._space = found.space
+        self._memory = Memory.of(found)
         self._engine = Reload(found.model, found.space, job.x)
-        self._top1 = metrics.top1(job.golden)
+        self._golden = Golden(output=job.golden, y=job.y)
 
     def golden_repeats(self) -> bool:
         """Does the engine without faults give the golden run again, bit for bit?"""
-        return not metrics.changed(self._job.golden, self._engine.run(np.empty(0, np.int64))).any()
+        return not metrics.changed(self._job.golden, self._engine.run({})).any()
 
     def trial(self, number: int) -> Trial:
         """Corrupt, run, count."""
-        job = self._job
-        flips = job.plan.flips(number, self._space, job.seed)
-        output = self._engine.run(flips)
-        top1 = metrics.top1(output)
-        return Trial(
-            trial=number,
-            rate=job.plan.rate(number),
-            n_flips=len(flips),
-            site=self._space.sites(flips)[0] if len(flips) == 1 else None,
-            n_total=len(job.y),
-            n_correct=int((top1 == job.y).sum()),
-            n_sdc=int((top1 != self._top1).sum()),
-            n_changed=int(metrics.changed(job.golden, output).sum()),
-        )
+        plan, memory = self._job.plan, self._memory
+        cells = plan.cells(number, memory.space, self._job.seed)
+        flips = plan.flips(cells, memory)
+        try:
+            observed = observe(self._golden, self._engine.run(memory.read(flips)))
+        except Refused:
+            observed = refused(self._golden)
+        site = memory.space.sites(cells)[0] if len(cells) == 1 else None
+        return trial(number, plan.rate(number), len(flips), site, observed)
 
 
 _evaluator: Evaluator | None = None  # of this worker process

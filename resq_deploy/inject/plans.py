@@ -9,10 +9,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from resq_deploy import metrics
 from resq_deploy.errors import InputError
 from resq_deploy.inject import faults
 from resq_deploy.inject.faults import BitErrorRate, Fault, SingleFlip
+from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.space import Flat, Space
 from resq_deploy.records import Site
 
@@ -29,28 +31,39 @@ LARGE_POPULATION = 10**15
 """The number of sets of k bits is cut here: sample sizes no longer depend on it."""
 
 
-class Plan(Protocol):
+class Plan(ABC):
     """The trials of a campaign."""
+
+    model: Fault
 
     @property
     def fault(self) -> str:
         """Name of the fault model."""
+        return self.model.name
 
+    @abstractmethod
     def trials(self) -> Sequence[int]:
         """Numbers of all trials, ascending."""
 
     def rate(self, trial: int) -> float | None:
         """Bit error rate of a trial; None where the plan has no rates."""
+        return None
 
-    def flips(self, trial: int, space: Space, seed: int) -> Flat:
-        """Flat bit indices that a trial flips."""
+    @abstractmethod
+    def cells(self, trial: int, space: Space, seed: int) -> Flat:
+        """Flat indices of the stored bits that a trial strikes."""
 
+    def flips(self, cells: Flat, memory: Memory) -> Flat:
+        """The struck cells whose stored value changes."""
+        return self.model.flips(cells, memory)
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Plain JSON values from which `restore` builds the plan again."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Random:
+class Random(Plan):
     """`n` patterns of a fault model without rates."""
 
     model: Fault
@@ -60,18 +73,11 @@ class Random:
     confidence: float | None = None
     """... its confidence, both in (0, 1)."""
 
-    @property
-    def fault(self) -> str:
-        return self.model.name
-
     def trials(self) -> Sequence[int]:
         return range(self.n)
 
-    def rate(self, trial: int) -> float | None:
-        return None
-
-    def flips(self, trial: int, space: Space, seed: int) -> Flat:
-        return self.model.sample(space.n_bits, seed=seed, draw=trial)
+    def cells(self, trial: int, space: Space, seed: int) -> Flat:
+        return self.model.sample(space, seed=seed, draw=trial)
 
     def describe(self) -> dict[str, Any]:
         planned = {"margin": self.margin, "confidence": self.confidence}
@@ -79,22 +85,16 @@ class Random:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exhaustive:
+class Exhaustive(Plan):
     """Every bit of the fault space once, in its order: trial number = flat bit index."""
 
     n_bits: int
-
-    @property
-    def fault(self) -> str:
-        return "single"
+    model: Fault = field(default_factory=SingleFlip)
 
     def trials(self) -> Sequence[int]:
         return range(self.n_bits)
 
-    def rate(self, trial: int) -> float | None:
-        return None
-
-    def flips(self, trial: int, space: Space, seed: int) -> Flat:
+    def cells(self, trial: int, space: Space, seed: int) -> Flat:
         return np.array([trial], np.int64)
 
     def describe(self) -> dict[str, Any]:
@@ -102,15 +102,12 @@ class Exhaustive:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep:
+class Sweep(Plan):
     """`draws` patterns at each bit error rate: trial number = index of the rate * draws + draw."""
 
     rates: tuple[float, ...]
     draws: int
-
-    @property
-    def fault(self) -> str:
-        return "ber"
+    model: Fault = field(default_factory=BitErrorRate)
 
     def trials(self) -> Sequence[int]:
         return range(len(self.rates) * self.draws)
@@ -118,19 +115,20 @@ class Sweep:
     def rate(self, trial: int) -> float | None:
         return self.rates[trial // self.draws]
 
-    def flips(self, trial: int, space: Space, seed: int) -> Flat:
+    def cells(self, trial: int, space: Space, seed: int) -> Flat:
         draw = trial % self.draws
-        return BitErrorRate().sample(space.n_bits, seed=seed, draw=draw, rate=self.rate(trial))
+        return self.model.sample(space, seed=seed, draw=draw, rate=self.rate(trial))
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "sweep", "rates": list(self.rates), "draws": self.draws}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listed:
+class Listed(Plan):
     """Patterns given by the user, by trial number."""
 
     sites: dict[int, tuple[Site, ...]]
+    model: Fault = field(default_factory=SingleFlip)
 
     @property
     def fault(self) -> str:
@@ -139,10 +137,7 @@ class Listed:
     def trials(self) -> Sequence[int]:
         return sorted(self.sites)
 
-    def rate(self, trial: int) -> float | None:
-        return None
-
-    def flips(self, trial: int, space: Space, seed: int) -> Flat:
+    def cells(self, trial: int, space: Space, seed: int) -> Flat:
         return np.array([space.flat(site) for site in self.sites[trial]], np.int64)
 
     def describe(self) -> dict[str, Any]:

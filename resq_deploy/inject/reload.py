@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from resq_deploy import bits, runtime
-from resq_deploy.inject.space import Flat, Space
+from resq_deploy import runtime
+from resq_deploy.inject import memory
+from resq_deploy.inject.memory import Change
+from resq_deploy.inject.space import Space
 
 
 class Reload:
-    """Outputs of a model whose stored weights have been corrupted."""
+    """Outputs of a model of which some stored elements are read differently."""
 
     def __init__(
         self, model: onnx.ModelProto, space: Space, x: NDArray[Any], *, precise: bool | None = None
@@ -26,24 +27,23 @@ class Reload:
         `precise` as in `runtime.session`.
         """
         self._model = model
-        self._space = space
+        self._types = {tensor.name: tensor.dtype for tensor in space.tensors}
         self._precise = precise
         self._x = x
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 
-    def run(self, flips: Flat) -> NDArray[Any]:
-        """First output (N, ...) with the bits `flips` (flat indices) inverted.
+    def run(self, change: Change) -> NDArray[Any]:
+        """First output (N, ...) where the elements of `change` are read with other values.
 
-        The model is as before afterwards, whatever happens.
+        Refused when onnxruntime does not load or run the file with them. The model is as before
+        afterwards, whatever happens.
         """
         originals: dict[str, bytes] = {}
         try:
-            for index, (offsets, positions) in self._space.split(flips).items():
-                tensor = self._space.tensors[index]
-                stored = self._tensors[tensor.name]
-                originals[tensor.name] = stored.raw_data
-                codes = np.frombuffer(stored.raw_data, tensor.dtype)
-                stored.raw_data = bits.flip_sites(codes, offsets, positions).tobytes()
+            for name, (offsets, values) in change.items():
+                stored = self._tensors[name]
+                originals[name] = stored.raw_data
+                memory.write(stored, self._types[name], offsets, values)
             session = runtime.session(self._model.SerializeToString(), precise=self._precise)
             return runtime.run(session, runtime.adapt(self._x, session))
         finally:

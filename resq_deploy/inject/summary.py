@@ -176,7 +176,7 @@ def _sites(header: Header, trials: Sequence[Trial]) -> Iterator[tuple[Trial, lis
         if trial.site is not None:
             yield trial, [trial.site]
         else:
-            yield trial, space.sites(plan.flips(trial.trial, space, header.seed))
+            yield trial, space.sites(plan.cells(trial.trial, space, header.seed))
 
 
 def write_csv(paths: Sequence[Path], out: Path, *, sites: bool = False) -> int:

@@ -8,7 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from resq_deploy.errors import InputError
-from resq_deploy.inject.faults.base import Flat
+from resq_deploy.inject.faults.base import Fault
+from resq_deploy.inject.space import Flat, Space
 from resq_deploy.seeds import stream
 
 PERMUTED = 2**22
@@ -45,15 +46,16 @@ def _order(n_bits: int, seed: int) -> _Distinct | Flat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingleFlip:
+class SingleFlip(Fault):
     """The classic single bit flip."""
 
     @property
     def name(self) -> str:
         return "single"
 
-    def sample(self, n_bits: int, *, seed: int, draw: int, rate: float | None = None) -> Flat:
-        """(1,) index; no two draws below `n_bits` of one seed give the same bit."""
+    def sample(self, space: Space, *, seed: int, draw: int, rate: float | None = None) -> Flat:
+        """(1,) index; no two draws below the number of bits give the same bit under one seed."""
+        n_bits = space.n_bits
         if not 0 <= draw < n_bits:
             raise InputError(f"single flip number {draw} asked for; the file has {n_bits} bits")
         return np.array([_order(n_bits, seed)[draw]], np.int64)
