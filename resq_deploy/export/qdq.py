@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -23,6 +23,8 @@ from resq_deploy.errors import ExportError
 from resq_deploy.nets.quantized import codes, weight_layers
 
 INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
+MOVES = ("Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool", "Concat")
+"""Operators that hand elements on as they are: they work on the codes."""
 
 
 @contextlib.contextmanager
@@ -73,6 +75,39 @@ def _fold_weight_clips(graph: onnx.GraphProto) -> None:
         weight.CopyFrom(numpy_helper.from_array(clipped, weight.name))
         replace_input(graph, node.output[0], weight.name)
         graph.node.remove(node)
+
+
+def _move_codes(graph: onnx.GraphProto) -> None:
+    """Let operators that only move elements read the integer codes.
+
+    Q -> DQ -> Reshape -> Conv becomes Q -> Reshape -> DQ -> Conv, because onnxruntime finds an
+    integer kernel only where the DequantizeLinear is the direct neighbour. Scales per tensor;
+    inputs of a Concat must share theirs.
+    """
+    producer = {out: node for node in graph.node for out in node.output}
+    ordered: list[onnx.NodeProto] = []
+    for node in graph.node:
+        ordered.append(node)
+        data = list(node.input) if node.op_type == "Concat" else list(node.input[:1])
+        readers = [producer.get(name) for name in data]
+        if node.op_type not in MOVES or not all(r and r.op_type == "DequantizeLinear"
+                                                for r in readers):  # fmt: skip
+            continue
+        parameters = {tuple(cast(onnx.NodeProto, r).input[1:]) for r in readers}
+        if len(parameters) > 1 or len(node.output) > 1:
+            continue
+        for i, reader in enumerate(readers):
+            node.input[i] = cast(onnx.NodeProto, reader).input[0]
+        moved, node.output[0] = node.output[0], f"{node.output[0]}.codes"
+        behind = onnx.helper.make_node(
+            "DequantizeLinear", [node.output[0], *parameters.pop()], [moved],
+            name=f"{node.name}/DequantizeLinear",
+        )  # fmt: skip
+        producer[moved] = behind
+        ordered.append(behind)
+    read = {name for node in ordered for name in node.input} | {o.name for o in graph.output}
+    del graph.node[:]
+    graph.node.extend(n for n in ordered if n.op_type != "DequantizeLinear" or n.output[0] in read)
 
 
 def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
@@ -141,5 +176,6 @@ def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) 
         dynamic_axes={INPUT: {0: BATCH_AXIS}, OUTPUT: {0: BATCH_AXIS}},
     )  # fmt: skip
     _fold_weight_clips(model.graph)
+    _move_codes(model.graph)
     _name_weights(model.graph, net)
     return finish(model, ir_version=ir_version)

@@ -121,8 +121,8 @@ def _layer(old: nn.Module) -> nn.Module | None:
     elif isinstance(old, Add):
         return QuantAdd(skip_is_quantized=old.skip_is_quantized)
     elif isinstance(old, Boundary):
-        quant = {"input": InputQuant, "unsigned": Unsigned, "signed": Signed}[old.kind]
-        out = qnn.QuantIdentity(act_quant=quant, return_quant_tensor=old.kind != "signed")
+        quant = {"input": InputQuant, "unsigned": Unsigned}.get(old.kind, Signed)
+        out = qnn.QuantIdentity(act_quant=quant, return_quant_tensor=old.kind != "logits")
         return cast(nn.Module, out)
     else:
         return None

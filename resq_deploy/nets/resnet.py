@@ -1,4 +1,4 @@
-"""ResNets for 32x32 images: He et al. (arXiv 1512.03385, section 4.2) and MLPerf Tiny.
+"""ResNets of basic blocks: He et al. (arXiv 1512.03385) and MLPerf Tiny.
 
 Parameter names follow torchvision's ResNet (`conv1`, `layer1.0.conv1`, `downsample.0`,
 `fc`). Shortcuts that change the shape are 1x1 convolutions (option B).
@@ -6,6 +6,7 @@ Parameter names follow torchvision's ResNet (`conv1`, `layer1.0.conv1`, `downsam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -41,34 +42,48 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, three stacks of `blocks` residual blocks (16, 32, 64 channels), pool, classifier.
+    """Stem, one stack of `blocks` residual blocks per entry of `channels`, pool, classifier.
 
-    Input (N, in_channels, 32, 32) pixels in [0, 1]; output (N, n_classes) logits.
+    Input (N, in_channels, image_size, image_size) pixels in [0, 1]; output (N, n_classes)
+    logits. Every stack but the first halves the resolution. The stem for 32x32 images is a 3x3
+    convolution of stride 1 without max pooling (section 4.2 of the paper); for 224x224 it is
+    the 7x7 convolution of stride 2 and the max pooling of its table 1.
     """
 
-    def __init__(self, *, blocks: int, n_classes: int, in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        *,
+        blocks: int,
+        channels: Sequence[int],
+        n_classes: int,
+        in_channels: int = 3,
+        image_size: int = 32,
+    ) -> None:
         super().__init__()
+        small = image_size == 32
         self.input = Boundary("input")
-        self.conv1 = _conv(in_channels, 16, 3, 1)
-        self.bn1 = nn.BatchNorm2d(16)
+        self.conv1 = _conv(in_channels, channels[0], 3 if small else 7, 1 if small else 2)
+        self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU()
-        self.layer1 = self._stack(16, 16, blocks, 1)
-        self.layer2 = self._stack(16, 32, blocks, 2)
-        self.layer3 = self._stack(32, 64, blocks, 2)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        c_in = channels[0]
+        self.stacks = [f"layer{i + 1}" for i in range(len(channels))]
+        for name, c_out in zip(self.stacks, channels, strict=True):
+            stride = 1 if name == "layer1" else 2
+            first = BasicBlock(c_in, c_out, stride)
+            rest = (BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1))
+            self.add_module(name, nn.Sequential(first, *rest))
+            c_in = c_out
         self.pool = nn.AdaptiveAvgPool2d(1)
         # Flatten comes before the quantizer: behind it, onnxruntime keeps the Gemm in float.
         self.flatten = nn.Flatten()
         self.pooled = Boundary("unsigned")
-        self.fc = nn.Linear(64, n_classes)
-        self.output = Boundary("signed")
-
-    @staticmethod
-    def _stack(c_in: int, c_out: int, blocks: int, stride: int) -> nn.Sequential:
-        first = BasicBlock(c_in, c_out, stride)
-        return nn.Sequential(first, *(BasicBlock(c_out, c_out, 1) for _ in range(blocks - 1)))
+        self.fc = nn.Linear(c_in, n_classes)
+        self.output = Boundary("logits")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(self.input(x))))
-        x = self.layer3(self.layer2(self.layer1(x)))
+        x = self.maxpool(self.relu(self.bn1(self.conv1(self.input(x)))))
+        for name in self.stacks:
+            x = self.get_submodule(name)(x)
         x = self.fc(self.pooled(self.flatten(self.pool(x))))
         return cast(Tensor, self.output(x))
