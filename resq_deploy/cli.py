@@ -103,7 +103,7 @@ def load_data(name: str, images: int | None, root: Path | None) -> Any:
     """The test images that `--data --images --root` ask for."""
     from resq_deploy import data
 
-    return data.load(name, root).test.first(images)
+    return data.load_test(name, root).first(images)
 
 
 def emit_json(value: Any, file: Path | None) -> None:
@@ -485,7 +485,7 @@ def adjust(
     from resq_deploy.data import calibration
 
     loaded = _recipe_of(checkpoint, recipe, root)
-    images = calibration.load(loaded.data, data.load(loaded.data.name, loaded.data.root))
+    images = calibration.load(loaded.data, data.of(loaded.data))
     made = stage.adjust(
         checkpoint, out=out, images=images, config=loaded.adjust, seed=loaded.seed, fresh=fresh
     )
@@ -516,7 +516,7 @@ def export(
     from resq_deploy import export as stage
 
     loaded = _recipe_of(checkpoint, recipe, root)
-    images = data.load(loaded.data.name, loaded.data.root).test
+    images = data.of(loaded.data).test
     model = stage.export(checkpoint, out=out, images=images, config=loaded.export)
     manifest = artifacts.read_json(model.parent / stage.MANIFEST)
     table([[name, digest] for name, digest in manifest["files"].items()], ["file", "SHA-256"])
@@ -591,6 +591,34 @@ def report(paths: tuple[Path, ...], out: Path, json_file: Path | None) -> None:
 
     click.echo(f"report: {stage.report(paths, out=out)}")
     emit_json({"report": str(out)}, json_file)
+
+
+@main.command()
+@click.argument("name")
+@click.option("--check", "root", type=PATH, metavar="ROOT", help="Folder to look in. [$RESQ_DATA]")
+@click.option("--size", type=click.IntRange(8, 1024), help="Resize to this many pixels per side.")
+@json_option
+def data(name: str, root: Path | None, size: int | None, json_file: Path | None) -> None:
+    """Say what a folder holds of data set NAME: files, digests, images, the first problem."""
+    from resq_deploy.data.check import check
+
+    found = check(name, root, size)
+    if found["files"]:
+        verdicts = {True: "ok", False: "NOT the published file", None: "none published"}
+        table([[f["file"], f["md5"], verdicts[f["ok"]]] for f in found["files"]],
+              ["file", "MD5", "published"])  # fmt: skip
+        click.echo()
+    columns = ("n_images", "n_classes", "fewest_of_a_class", "most_of_a_class", "n_groups")
+    rows = [
+        [split, *("" if facts[c] is None else facts[c] for c in columns),
+         "x".join(map(str, facts["shape"])), facts["dtype"]]
+        for split, facts in found["splits"].items()
+    ]  # fmt: skip
+    if rows:
+        table(rows, ["split", "images", "classes", "fewest", "most", "tracks", "shape", "dtype"])
+    emit_json(found, json_file)
+    if found["problem"] is not None:
+        raise InputError(found["problem"])
 
 
 @main.command()

@@ -40,7 +40,7 @@ def harden(
         last = train(recipe, stage, out=out / stage, start=last, device=device, fresh=fresh)
         found[stage] = last
     assert last is not None
-    splits = data.load(recipe.data.name, recipe.data.root)
+    splits = data.of(recipe.data)
     found["adjust"] = adjust(
         last,
         out=out / "adjust",
@@ -126,7 +126,7 @@ def run(
     Whatever exists in `out` and was made from the same inputs is kept; an interrupted run
     continues where it was. `workers` processes run the campaigns (default: one per core).
     """
-    splits: Splits = data.load(recipe.data.name, recipe.data.root)
+    splits: Splits = data.of(recipe.data)
     stages = harden(recipe, out=out, device=device, fresh=fresh)
     artifacts.write_json(out / "recipe.json", recipe.portable())
     for stage in COMPARED:

@@ -26,8 +26,31 @@ class _Section(BaseModel):
 class Data(_Section):
     """Where the images come from."""
 
-    name: str = Field(description="data set: digits, cifar10, or the path of a test .npz")
+    name: str = Field(
+        description="data set: digits, cifar10, cifar100, gtsrb, gtsrb-roi, imagefolder, or the "
+        "path of a test .npz"
+    )
     root: Path | None = Field(None, description="folder of the data set; else RESQ_DATA")
+    train: str | None = Field(
+        None,
+        pattern=r"\.npz$",
+        description="path of an .npz with the training images, instead of the set's own",
+    )
+    test: str | None = Field(
+        None,
+        pattern=r"\.npz$",
+        description="path of an .npz with the test images, instead of the set's own",
+    )
+    size: Annotated[int, Field(ge=8, le=1024)] | None = Field(
+        None, description="resize to this many pixels per side: gtsrb, gtsrb-roi, imagefolder"
+    )
+    validation: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="fraction of the training images, whole tracks, that is held out and takes "
+        "the place of the test images",
+    )
     augment: Literal["none", "crop", "crop-flip"] = Field(
         "none", description="training-time augmentation"
     )
@@ -140,6 +163,10 @@ class Prove(_Section):
     restarts: Positive = Field(1, description="random starts of PGD")
 
 
+_NPZ_FIELDS = ("name", "train", "test")
+"""Fields of [data] that may be the path of an .npz."""
+
+
 class Recipe(_Section):
     """One model from data to proof."""
 
@@ -158,7 +185,11 @@ class Recipe(_Section):
     def portable(self) -> dict[str, Any]:
         """Plain JSON values without the paths of this machine, for artefacts."""
         paths = {"data": {"root", "calibration"}, "float": {"checkpoint"}}
-        return self.model_dump(mode="json", exclude=paths)
+        raw = self.model_dump(mode="json", exclude=paths)
+        for field in _NPZ_FIELDS:
+            if (raw["data"][field] or "").endswith(".npz"):
+                raw["data"][field] = Path(raw["data"][field]).name
+        return raw
 
 
 class CalibrationManifest(_Section):
@@ -209,7 +240,10 @@ def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def load(path: Path) -> Recipe:
-    """Read and check models/NAME.toml; relative paths in it are taken from its folder."""
+    """Read and check models/NAME.toml; relative paths in it are taken from its folder.
+
+    An .npz of [data] that is not there is left for the data folder (`root`, RESQ_DATA).
+    """
     recipe = parse(_toml(path), str(path))
     here = path.resolve().parent
     update: dict[str, Any] = {}
@@ -222,8 +256,11 @@ def load(path: Path) -> Recipe:
     data: dict[str, Any] = {"calibration": str(calibration)}
     if recipe.data.root is not None:
         data["root"] = here / recipe.data.root
-    if recipe.data.name.endswith(".npz"):
-        data["name"] = str(here / recipe.data.name)
+    for field in _NPZ_FIELDS:
+        given = getattr(recipe.data, field)
+        # Else it is looked for in the data folder.
+        if given is not None and given.endswith(".npz") and (here / given).exists():
+            data[field] = str(here / given)
     update["data"] = recipe.data.model_copy(update=data)
     return recipe.model_copy(update=update)
 
@@ -239,7 +276,7 @@ name = "my-model"
 seed = 1
 
 [data]
-name = "cifar10"            # digits | cifar10 | path of an .npz
+name = "cifar10"            # digits | cifar10 | cifar100 | gtsrb | imagefolder | path of an .npz
 augment = "crop-flip"       # none | crop | crop-flip
 calibration = "cifar10"     # calibration/cifar10.toml
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from resq_deploy.data.base import Dataset, Splits
+from resq_deploy.data.base import Dataset, Split
 from resq_deploy.errors import MissingExtra
 from resq_deploy.seeds import stream
 
 N_TEST = 1000  # large enough for intervals of +-3 points; 797 images remain for training
 
 
-def load() -> Splits:
-    """797 training and 1,000 test images (N, 1, 32, 32) uint8; the split is fixed."""
+def load(split: Split) -> Dataset:
+    """797 training or 1,000 test images (N, 1, 32, 32) uint8; the split is fixed."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -22,8 +22,5 @@ def load() -> Splits:
     x = x.repeat(4, axis=2).repeat(4, axis=3)
     y = bunch.target.astype(np.int64)
     order = stream(0, "digits", "split").permutation(len(y))
-    test, train = order[:N_TEST], order[N_TEST:]
-    return Splits(
-        train=Dataset(name="digits/train", x=x[train], y=y[train]),
-        test=Dataset(name="digits/test", x=x[test], y=y[test]),
-    )
+    rows = order[:N_TEST] if split == "test" else order[N_TEST:]
+    return Dataset(name=f"digits/{split}", x=x[rows], y=y[rows])

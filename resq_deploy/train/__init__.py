@@ -21,11 +21,11 @@ STAGES = ("float", "baseline", "attack", "fault")
 
 
 def _training_set(recipe: Recipe) -> tuple[Dataset, Dataset]:
-    splits = data.load(recipe.data.name, recipe.data.root)
+    splits = data.of(recipe.data)
     if splits.train is None:
         raise InputError(
             f"data set {recipe.data.name!r} has no training images; expected one of "
-            f"{', '.join(sorted(data.SOURCES))} under [data] name"
+            f"{', '.join(sorted(data.SOURCES))} under [data] name, or an .npz under [data] train"
         )
     return splits.train, calibration.load(recipe.data, splits)
 
