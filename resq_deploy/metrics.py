@@ -17,9 +17,14 @@ BOOTSTRAP_RESAMPLES = 2000
 LARGE_SAMPLE = 5000
 
 
+def flat(output: Array) -> Array:
+    """(N, ...) outputs as (N, classes); N may be 0."""
+    return output.reshape(len(output), math.prod(output.shape[1:]))
+
+
 def top1(logits: Array) -> NDArray[np.int64]:
     """Arg max over the last axes of (N, ...) outputs; the first of equal values wins."""
-    return np.asarray(np.argmax(logits.reshape(len(logits), -1), axis=1), np.int64)
+    return np.asarray(np.argmax(flat(logits), axis=1), np.int64)
 
 
 def changed(golden: Array, faulty: Array) -> NDArray[np.bool_]:
@@ -29,8 +34,8 @@ def changed(golden: Array, faulty: Array) -> NDArray[np.bool_]:
             f"outputs of shape {faulty.shape} and type {faulty.dtype} given; the golden run has "
             f"{golden.shape} and {golden.dtype}"
         )
-    a = np.ascontiguousarray(golden).reshape(len(golden), -1).view(np.uint8)
-    b = np.ascontiguousarray(faulty).reshape(len(faulty), -1).view(np.uint8)
+    a = flat(np.ascontiguousarray(golden)).view(np.uint8)
+    b = flat(np.ascontiguousarray(faulty)).view(np.uint8)
     return np.asarray((a != b).any(axis=1))
 
 

@@ -59,6 +59,10 @@ class Site:
         _count("bit", self.bit)
 
 
+OUTCOMES = ("masked", "benign", "sdc", "due")
+"""What a trial can come to."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """One fault pattern evaluated on all images of a campaign."""
@@ -68,17 +72,28 @@ class Trial:
     rate: float | None
     """Bit error rate in [0, 1]; None where the fault model has none."""
     n_flips: int
-    """Bits that the pattern flips."""
+    """Stored bits that the pattern inverts."""
     site: Site | None
-    """The site of a single flip; None for patterns with any other number of flips."""
+    """The stored bit that the fault struck; None when it struck any other number than one."""
     n_total: int
     """Images."""
     n_correct: int
     """Images whose top-1 is the label."""
     n_sdc: int
-    """Images whose top-1 differs from the golden run (silent data corruption)."""
+    """Images whose top-1 differs from the golden run (silent data corruption, SDC-1)."""
     n_changed: int
     """Images whose output differs from the golden run in at least one bit."""
+    n_sdc5: int = 0
+    """Images whose top-1 is not among the golden run's five highest outputs (SDC-5)."""
+    n_nonfinite: int = 0
+    """Images whose output holds a NaN or an infinity."""
+    margin_lost: float = 0.0
+    """Mean over the images with finite outputs, in output units: by how much the golden top-1's
+    lead over the next best class shrank; negative where it grew."""
+    margin_worst: float = 0.0
+    """The largest such loss on one image."""
+    refused: bool = False
+    """onnxruntime did not load or run the file: a detected error, no image is answered."""
 
     def __post_init__(self) -> None:
         _count("trial", self.trial)
@@ -86,10 +101,18 @@ class Trial:
         _count("n_correct", self.n_correct, self.n_total)
         _count("n_changed", self.n_changed, self.n_total)
         _count("n_sdc", self.n_sdc, self.n_changed)
+        _count("n_sdc5", self.n_sdc5, self.n_sdc)
+        _count("n_nonfinite", self.n_nonfinite, self.n_total)
 
     @property
     def outcome(self) -> str:
-        """`masked` (no output changed), `sdc` (a top-1 changed on some image) or `benign`."""
+        """One of OUTCOMES.
+
+        `due` (detected unrecoverable error: the runtime refused the file), `masked` (no output
+        changed), `sdc` (a top-1 changed on some image) or `benign`.
+        """
+        if self.refused:
+            return "due"
         if self.n_changed == 0:
             return "masked"
         return "sdc" if self.n_sdc else "benign"

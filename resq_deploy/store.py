@@ -17,13 +17,22 @@ from typing import Any
 from resq_deploy.errors import HeaderMismatch, InputError
 from resq_deploy.records import Count, Site, Trial
 
-FORMAT = "resq-deploy campaign 1"
+FORMAT = "resq-deploy campaign 2"
+OLDER = ("resq-deploy campaign 1",)
+
+_COUNTS = ("n_total", "n_correct", "n_sdc", "n_changed", "n_sdc5", "n_nonfinite")
+_COLUMNS = ("trial", "rate", "n_flips", "tensor", "offset", "bit", *_COUNTS) + (
+    "margin_lost",
+    "margin_worst",
+    "refused",
+)
 
 _SCHEMA = (
     "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE trials (trial INTEGER PRIMARY KEY, rate REAL, n_flips INTEGER NOT NULL, "
-    "tensor TEXT, offset INTEGER, bit INTEGER, n_total INTEGER NOT NULL, "
-    "n_correct INTEGER NOT NULL, n_sdc INTEGER NOT NULL, n_changed INTEGER NOT NULL)",
+    "tensor TEXT, offset INTEGER, bit INTEGER, "
+    + "".join(f"{name} INTEGER NOT NULL, " for name in _COUNTS)
+    + "margin_lost REAL NOT NULL, margin_worst REAL NOT NULL, refused INTEGER NOT NULL)",
 )
 
 
@@ -38,6 +47,8 @@ class Header:
     n_images: int
     fault: str
     """Fault model, as given on the command line: `single`, `k:3`, `ber`; `sites` for a list."""
+    protection: str = "none"
+    """Memory protection, as given on the command line."""
     plan: dict[str, Any]
     """Which trials: the description of the plan, plain JSON values."""
     seed: int
@@ -71,6 +82,7 @@ def _identity(header: Header) -> dict[str, Any]:
         "data_sha256": header.data_sha256,
         "n_images": header.n_images,
         "fault": header.fault,
+        "protection": header.protection,
         "plan": header.plan,
         "seed": header.seed,
         "engine": header.engine,
@@ -154,8 +166,7 @@ class Store:
         """The finished trials in the order of their numbers."""
         with _translated(self.path):
             rows = self._db.execute(
-                "SELECT trial, rate, n_flips, tensor, offset, bit, n_total, n_correct, n_sdc, "
-                "n_changed FROM trials ORDER BY trial"
+                f"SELECT {', '.join(_COLUMNS)} FROM trials ORDER BY trial"  # noqa: S608
             ).fetchall()
         return [_trial(row) for row in rows]
 
@@ -164,7 +175,8 @@ class Store:
         rows = [_row(trial) for trial in trials]
         with _translated(self.path), self._db:
             self._db.executemany(
-                "INSERT OR IGNORE INTO trials VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows
+                f"INSERT OR IGNORE INTO trials VALUES ({', '.join('?' * len(_COLUMNS))})",  # noqa: S608
+                rows,
             )
             self._db.execute(
                 "UPDATE meta SET value = value + ? WHERE key = 'seconds'", (float(seconds),)
@@ -173,21 +185,15 @@ class Store:
 
 def _row(t: Trial) -> tuple[Any, ...]:
     site = (t.site.tensor, t.site.offset, t.site.bit) if t.site else (None, None, None)
-    return (t.trial, t.rate, t.n_flips, *site, t.n_total, t.n_correct, t.n_sdc, t.n_changed)
+    counts = (getattr(t, name) for name in _COUNTS)
+    return (t.trial, t.rate, t.n_flips, *site, *counts, t.margin_lost, t.margin_worst, t.refused)
 
 
 def _trial(row: tuple[Any, ...]) -> Trial:
-    trial, rate, n_flips, tensor, offset, bit, n_total, n_correct, n_sdc, n_changed = row
-    return Trial(
-        trial=trial,
-        rate=rate,
-        n_flips=n_flips,
-        site=None if tensor is None else Site(tensor=tensor, offset=offset, bit=bit),
-        n_total=n_total,
-        n_correct=n_correct,
-        n_sdc=n_sdc,
-        n_changed=n_changed,
-    )
+    fields = dict(zip(_COLUMNS, row, strict=True))
+    tensor, offset, bit = (fields.pop(name) for name in ("tensor", "offset", "bit"))
+    site = None if tensor is None else Site(tensor=tensor, offset=offset, bit=bit)
+    return Trial(**{**fields, "site": site, "refused": bool(fields["refused"])})
 
 
 def _connect(path: Path) -> sqlite3.Connection:
@@ -226,7 +232,14 @@ def open_store(path: Path) -> Store:
     if damage != "ok":
         raise InputError(f"store {path} is damaged ({damage}); run the campaign again")
     store = Store(path, db)
-    if not {"meta", "trials"} <= tables or store._meta("format") != FORMAT:
+    found = store._meta("format") if {"meta", "trials"} <= tables else None
+    if found in OLDER:
+        raise HeaderMismatch(
+            f"store {path} has the format {found!r} of an earlier version, this one writes "
+            f"{FORMAT!r}; run the campaign again into a new --out (the same plan and seed draw "
+            "the same faults)"
+        )
+    if found != FORMAT:
         raise InputError(f"{path} is not a campaign store of the format {FORMAT!r}")
     return store
 

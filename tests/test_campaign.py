@@ -220,7 +220,7 @@ def test_site_files_of_other_tools_may_hold_tuple_indices(model: Path, tmp_path:
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("0,nothing,0,0", "line 2: no weight 'nothing'"),
+        ("0,nothing,0,0", "line 2: no tensor 'nothing'"),
         ("0,w1_quantized,36,0", "line 2: .*offset 36"),
         ("0,w1_quantized,0,8", "line 2: .*bit 8"),
         ("0,w1_quantized,x,0", "line 2"),

@@ -120,7 +120,7 @@ BROKEN = {
     "float model": (
         lambda: onnx.save(models.float_resnet(), "m.onnx"),
         [],
-        "no int8 or uint8 weights",
+        "no 8-bit or 4-bit weights",
     ),
     "missing data": (lambda: Path("d.npz").unlink(), [], "d.npz cannot be read"),
     "no npz": (lambda: Path("d.npz").write_text("hello"), [], "d.npz cannot be read"),

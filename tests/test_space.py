@@ -109,7 +109,7 @@ def test_an_unknown_reader_is_refused_by_name() -> None:
 
 
 def test_a_float_model_is_refused_and_its_weights_counted() -> None:
-    with pytest.raises(UnsupportedModel, match=r"no int8 or uint8 weights \(3 float weights"):
+    with pytest.raises(UnsupportedModel, match=r"no 8-bit or 4-bit weights \(3 float weights"):
         discover(models.float_resnet())
 
 
@@ -122,7 +122,7 @@ def test_float_weights_beside_quantized_ones_are_reported() -> None:
     assert any("1 float weights (first: plain)" in w for w in discover(model).warnings)
 
 
-@pytest.mark.parametrize("kind", ["INT4", "UINT4", "INT16"])
+@pytest.mark.parametrize("kind", ["INT2", "INT16", "UINT16"])
 def test_other_integer_weights_are_refused_by_name(kind: str) -> None:
     model = onnx.load_model_from_string(models.quantized("qdq-tensor"))
     weight = next(t for t in model.graph.initializer if t.name == "w3_quantized")
@@ -193,7 +193,7 @@ def test_bits_outside_are_refused(flat: int) -> None:
 @pytest.mark.parametrize(
     "site, message",
     [
-        (Site(tensor="c", offset=0, bit=0), "no weight 'c'"),
+        (Site(tensor="c", offset=0, bit=0), "no tensor 'c'"),
         (Site(tensor="a", offset=3, bit=0), "offset 3"),
         (Site(tensor="a", offset=0, bit=8), "bit 8"),
     ],
@@ -211,3 +211,105 @@ def test_inspect_names_tensors_bits_and_kernels() -> None:
     shown = inspect(models.quantized("qdq-channel"))
     assert (shown["n_tensors"], shown["n_bytes"], shown["n_bits"]) == (3, 196, 1568)
     assert shown["kernels"]["QLinearConv"] == 2
+
+
+# --------------------------------------------------------------------------- other targets
+
+# file: names of biases, scales and zero points; onnxruntime.quantization names them so
+ROLES = {
+    "qdq-channel": {
+        "bias": ["b1_quantized", "b2_quantized", "b3_quantized"],
+        "scale": ["x_scale", "w1_scale", "b1_quantized_scale", "w2_scale", "w3_scale"],
+        "zero-point": ["x_zero_point", "w1_zero_point", "b1_quantized_zero_point"],
+    },
+    "qoperator": {
+        "bias": ["b1_quantized", "b2_quantized", "b3_quantized"],
+        "scale": ["x_scale", "w1_scale", "c1_scale", "logits_scale"],
+        "zero-point": ["x_zero_point", "w1_zero_point", "logits_zero_point"],
+    },
+    "dynamic-matmul": {"scale": ["m1_scale", "m2_scale"], "zero-point": ["m1_zero_point"]},
+    "fused-matmul": {"scale": ["s"], "zero-point": ["zero"]},
+}
+
+
+@pytest.mark.parametrize("target", ["bias", "scale", "zero-point"])
+@pytest.mark.parametrize("name", ROLES)
+def test_other_targets_are_found_by_name(name: str, target: str) -> None:
+    model = onnx.load_model_from_string(models.quantized(name))
+    if target not in ROLES[name]:
+        with pytest.raises(UnsupportedModel, match=f"stores no {target}"):
+            discover(model, [target])
+        return
+    space = discover(model, [target]).space
+    assert set(ROLES[name][target]) <= {t.name for t in space.tensors}
+    assert {t.target for t in space.tensors} == {target}
+    kinds = {"bias": {"int32"}, "scale": {"float32"}, "zero-point": {"int8", "uint8", "int32"}}
+    assert {t.dtype for t in space.tensors} <= kinds[target]
+    assert not {"limit", "w1_quantized"} & {t.name for t in space.tensors}
+
+
+def test_several_targets_stand_in_the_order_of_the_network() -> None:
+    targets = ["weight", "bias", "scale"]
+    model = onnx.load_model_from_string(models.quantized("qdq-channel"))
+    tensors = discover(model, targets).space.tensors
+    at = {tensor.name: i for i, tensor in enumerate(tensors)}
+    assert max(at[n] for n in ("w1_quantized", "b1_quantized", "w1_scale")) < at["w2_quantized"]
+    assert at["b2_quantized"] < at["w3_quantized"]
+    # the default space stays what it was, bit for bit
+    alone = discover(onnx.load_model_from_string(models.quantized("qdq-channel"))).space
+    assert [t for t in tensors if t.target == "weight"] == list(alone.tensors)
+
+
+@pytest.mark.parametrize("targets", [[], ["weights"], ["bias", "bias"]])
+def test_unknown_targets_are_refused(targets: list[str]) -> None:
+    with pytest.raises(InputError, match="expected some of weight, bias, scale, zero-point"):
+        discover(onnx.load_model_from_string(models.quantized("qdq-channel")), targets)
+
+
+def test_scales_in_constant_nodes_become_initializers() -> None:
+    model = onnx.load_model_from_string(models.quantized("qdq-channel"))
+    scale = next(t for t in model.graph.initializer if t.name == "x_scale")
+    value = float(numpy_helper.to_array(scale))
+    model.graph.initializer.remove(scale)
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["x_scale"], value_float=value))
+    tensors = {t.name: t for t in discover(model, ["scale"]).space.tensors}
+    assert tensors["x_scale"].shape == ()
+    stored = next(t for t in model.graph.initializer if t.name == "x_scale")
+    assert np.frombuffer(stored.raw_data, np.float32) == np.float32(value)
+
+
+@pytest.mark.parametrize(
+    "name, axes",
+    [
+        ("qdq-channel", [0, 0, 0]),  # Gemm with transB = 1
+        ("qoperator", [0, 0, 0]),
+        ("qdq-matmul", [1, 1]),
+        ("dynamic-matmul", [1, 1]),
+        ("fused-matmul", [1, 1]),
+    ],
+)
+def test_axes_of_output_channels(name: str, axes: list[int]) -> None:
+    assert [t.axis for t in found(models.quantized(name)).space.tensors] == axes
+
+
+def test_the_axis_is_followed_through_transposes_and_lost_in_other_changes() -> None:
+    transposed = found(_through("Transpose", attributes={"perm": [1, 2, 3, 0]})).space.tensors[0]
+    assert transposed.axis == 1  # axis 0 of the convolution is axis 1 of the file
+    shape = {"shape": np.array([4, 1, 3, 3])}
+    assert found(_through("Reshape", extra=shape)).space.tensors[0].axis is None
+
+
+@pytest.mark.parametrize("kind", ["INT4", "UINT4"])
+def test_packed_weights_hold_two_codes_a_byte_low_nibble_first(kind: str) -> None:
+    codes = np.array([1, -2, 3, 7, -8] if kind == "INT4" else [1, 14, 3, 7, 8])
+    model = onnx.load_model_from_string(models.quantized("qdq-tensor"))
+    weight = next(t for t in model.graph.initializer if t.name == "w3_quantized")
+    values = np.resize(codes, 16)
+    weight.CopyFrom(
+        helper.make_tensor("w3_quantized", TensorProto.DataType.Value(kind), [4, 4], values)
+    )
+    tensor = discover(model).space.tensors[-1]
+    assert (tensor.dtype, tensor.n_bits, tensor.n_bytes) == (kind.lower(), 64, 8)
+    nibbles = [int(v) & 15 for v in values]
+    expected = bytes(a | b << 4 for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))
+    assert weight.raw_data == expected

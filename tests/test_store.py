@@ -68,6 +68,11 @@ counts = st.integers(0, 50)
                 n_correct=round(parts[0] * n),
                 n_changed=round(max(parts[1:]) * n),
                 n_sdc=round(min(parts[1:]) * n),
+                n_sdc5=round(min(parts) * n),
+                n_nonfinite=round(parts[0] * n),
+                margin_lost=parts[0] - 0.5,
+                margin_worst=1e30 * parts[1],
+                refused=parts[2] > 0.5,
             ),
             st.integers(0, 2**40),
             st.none() | st.floats(0, 1),
@@ -117,6 +122,7 @@ OTHER = [
     ("data_sha256", {"data_sha256": "c" * 64}, '"bbbb'),
     ("n_images", {"n_images": 11}, "10 and 11"),
     ("fault", {"fault": "k:2"}, '"single" and "k:2"'),
+    ("protection", {"protection": "secded"}, '"none" and "secded"'),
     ("plan", {"plan": {"kind": "random", "trials": 6}}, '"trials":5'),
     ("seed", {"seed": 4}, "3 and 4"),
     ("engine", {"engine": "fast"}, '"reload" and "fast"'),
@@ -211,6 +217,18 @@ def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     db.executescript("CREATE TABLE meta (key, value); CREATE TABLE trials (a);")
     db.close()
     assert "not a campaign store" in _refused(tmp_path / "other")
+
+
+def test_stores_of_an_earlier_format_are_refused_in_one_line(tmp_path: Path) -> None:
+    path = filled(tmp_path / "s", range(2))
+    db = sqlite3.connect(path)
+    db.execute("UPDATE meta SET value = '\"resq-deploy campaign 1\"' WHERE key = 'format'")
+    db.commit()
+    db.close()
+    line = _refused(path)
+    assert "'resq-deploy campaign 1' of an earlier version" in line and "again" in line
+    with pytest.raises(HeaderMismatch):  # so that a pipeline replaces it
+        store.open_or_create(path, HEADER, resume=True)
 
 
 def test_a_full_disk_keeps_what_was_stored(tmp_path: Path) -> None:

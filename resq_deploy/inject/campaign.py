@@ -52,6 +52,15 @@ class Job:
     """Output (N, ...) of the file without faults."""
     plan: Plan
     seed: int
+    targets: tuple[str, ...] = space.TARGETS[:1]
+    """What of the file is in the fault space (space.TARGETS)."""
+    protection: str = "none"
+    """Memory protection, as on the command line."""
+
+    def memory(self) -> tuple[space.Discovery, Memory]:
+        """The model made ready for faults, and the memory that holds its tensors."""
+        found = space.discover(runtime.parse_model(self.model), self.targets)
+        return found, Memory.of(found, self.protection)
 
 
 class Evaluator:
@@ -59,8 +68,7 @@ class Evaluator:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        found = space.discover(runtime.parse_model(job.model))
-        self._memory = Memory.of(found)
+        found, self._memory = job.memory()
         self._engine = Reload(found.model, found.space, job.x)
         self._golden = Golden(output=job.golden, y=job.y)
 
@@ -113,33 +121,34 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serial(job: Job, numbers: Sequence[int]) -> Iterator[list[Trial]]:
+def _stages(plan: Plan, store: Store, shard: tuple[int, int]) -> Iterator[list[int]]:
+    """Numbers still to run, between the looks of the plan, until it has seen enough.
+
+    A stage begins when every trial of those before it is in the store: what a look sees does
+    not depend on the number of workers or on interruptions.
+    """
+    index, n_shards = shard
+    done, numbers, start = store.done(), plan.trials(), 0
+    for end in plan.looks():
+        if start and plan.enough(store.trials()[:start]):
+            return
+        yield [n for n in numbers[start:end] if n % n_shards == index and n not in done]
+        start = end
+
+
+def _serial(job: Job, stages: Iterator[list[int]]) -> Iterator[list[Trial]]:
     evaluator = Evaluator(job)
-    for number in numbers:
-        yield [evaluator.trial(number)]
+    for numbers in stages:
+        for number in numbers:
+            yield [evaluator.trial(number)]
 
 
-def _parallel(job: Job, numbers: Sequence[int], workers: int) -> Iterator[list[Trial]]:
-    """Batches of trials as they finish; when interrupted, those in flight still come out."""
-    todo = iter(numbers)
-    running: set[Future[Trial]] = set()
+def _parallel(job: Job, stages: Iterator[list[int]], workers: int) -> Iterator[list[Trial]]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(job,))
-    interrupted: KeyboardInterrupt | None = None
     try:
-        while True:
-            try:
-                with _interrupts_held():
-                    for number in islice(todo, workers * AHEAD - len(running)):
-                        running.add(pool.submit(_work, number))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-            except KeyboardInterrupt as error:
-                interrupted, todo, done = error, iter(()), set()
-                running = {future for future in running if not future.cancel()}
-            if done:
-                yield [future.result() for future in done]
-            elif not running:
-                break
+        for numbers in stages:
+            yield from _batches(pool, numbers, workers)
     except BrokenProcessPool:
         raise ResqError(
             "a worker process died (out of memory?); finished trials are stored: continue with "
@@ -147,6 +156,28 @@ def _parallel(job: Job, numbers: Sequence[int], workers: int) -> Iterator[list[T
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batches(
+    pool: ProcessPoolExecutor, numbers: Sequence[int], workers: int
+) -> Iterator[list[Trial]]:
+    """Batches of trials as they finish; when interrupted, those in flight still come out."""
+    todo = iter(numbers)
+    running: set[Future[Trial]] = set()
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            with _interrupts_held():
+                for number in islice(todo, workers * AHEAD - len(running)):
+                    running.add(pool.submit(_work, number))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+        except KeyboardInterrupt as error:
+            interrupted, todo, done = error, iter(()), set()
+            running = {future for future in running if not future.cancel()}
+        if done:
+            yield [future.result() for future in done]
+        elif not running:
+            break
     if interrupted:
         raise interrupted
 
@@ -157,6 +188,8 @@ def run(
     plan: Plan,
     *,
     out: Path,
+    targets: Sequence[str] = space.TARGETS[:1],
+    protection: str = "none",
     seed: int = 0,
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
@@ -183,12 +216,22 @@ def run(
         raise InputError(
             f"{data.name} has labels up to {data.y.max()}, the model has {n_classes} outputs"
         )
-    job = Job(model=model, x=data.x, y=data.y, golden=golden, plan=plan, seed=seed)
+    job = Job(
+        model=model,
+        x=data.x,
+        y=data.y,
+        golden=golden,
+        plan=plan,
+        seed=seed,
+        targets=tuple(targets),
+        protection=protection,
+    )
     with open_or_create(out, _header(job, data, shard), resume=resume) as store:
         done = store.done()
-        numbers = [n for n in plan.trials() if n % n_shards == index and n not in done]
-        batches = _serial(job, numbers) if workers == 1 else _parallel(job, numbers, workers)
-        _collect(store, batches, len(numbers), show)
+        total = sum(n % n_shards == index and n not in done for n in plan.trials())
+        stages = _stages(plan, store, shard)
+        batches = _serial(job, stages) if workers == 1 else _parallel(job, stages, workers)
+        _collect(store, batches, total, show)
 
 
 def _collect(
@@ -204,7 +247,7 @@ def _collect(
 
 
 def _header(job: Job, data: Dataset, shard: tuple[int, int]) -> Header:
-    found = space.discover(runtime.parse_model(job.model))
+    found, memory = job.memory()
     cpu = runtime.cpu_features()
     warnings = found.warnings + runtime.cpu_warnings(cpu)
     if not Evaluator(job).golden_repeats():
@@ -222,7 +265,8 @@ def _header(job: Job, data: Dataset, shard: tuple[int, int]) -> Header:
         engine="reload",
         shard=f"{shard[0]}/{shard[1]}",
         golden=Count(n_correct=int((metrics.top1(job.golden) == data.y).sum()), n_total=len(data)),
-        space=found.space.to_json(),
+        protection=job.protection,
+        space=memory.space.to_json(),
         versions=runtime.versions(),
         cpu=cpu,
         warnings=warnings,

@@ -144,15 +144,15 @@ def _elements(
     if tensor.width < 8:
         both = np.stack([values & 15, values >> 4], axis=1)
         codes, before = both.reshape(-1), np.stack([raw[where] & 15, raw[where] >> 4], axis=1)
-        offsets = (where[:, None] * 2 + [0, 1]).reshape(-1)
+        offsets: Flat = (where[:, None] * 2 + np.arange(2)).reshape(-1)
         kept = (codes != before.reshape(-1)) & (offsets < tensor.size)
         return offsets[kept], bits.from_nibbles(codes[kept], tensor.dtype)
     size = tensor.width // 8
     offsets = np.unique(where // size)
     elements = raw.reshape(-1, size)[offsets]
     elements[np.searchsorted(offsets, where // size), where % size] = values
-    values_read: NDArray[Any] = elements.reshape(-1).view(tensor.dtype)
-    return offsets, values_read
+    found: NDArray[Any] = elements.reshape(-1).view(tensor.dtype)
+    return offsets, found
 
 
 def write(proto: onnx.TensorProto, dtype: str, offsets: Flat, values: NDArray[Any]) -> None:

@@ -23,7 +23,7 @@ from resq_deploy.inject import faults
 from resq_deploy.inject.faults import BitErrorRate, Fault, SingleFlip
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.space import Flat, Space
-from resq_deploy.records import Site
+from resq_deploy.records import Site, Trial
 
 CSV_COLUMNS = ("Injection", "Layer", "TensorIndex", "Bit")
 DEFAULT_DRAWS = 50
@@ -56,6 +56,14 @@ class Plan(ABC):
     def flips(self, cells: Flat, memory: Memory) -> Flat:
         """The struck cells whose stored value changes."""
         return self.model.flips(cells, memory)
+
+    def looks(self) -> Sequence[int]:
+        """Numbers of trials, ascending, after which `enough` is asked; the last is all of them."""
+        return [len(self.trials())]
+
+    def enough(self, trials: Sequence[Trial]) -> bool:
+        """May the campaign end with these trials, the first ones of the plan up to a look?"""
+        return False
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -1,22 +1,23 @@
-"""The fault space of an ONNX file: the stored bits of its 8-bit weights, numbered from 0.
+"""The fault space of an ONNX file: the stored bits of its weights, numbered from 0.
 
-A weight is an int8 or uint8 initializer that a known operator reads as data. Zero points,
-scales and int32 biases are not in the space. What is neither known data nor a known zero
-point is refused by name: a campaign never skips weights silently.
+A weight is an int8, uint8, int4 or uint4 initializer that a known operator reads as data. Other
+targets stand in the space when they are asked for by name: int32 biases, float scales, zero
+points. What is neither known data nor a known zero point is refused by name: a campaign never
+skips weights silently.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError, UnsupportedModel
@@ -25,13 +26,30 @@ from resq_deploy.records import Site
 Flat = NDArray[np.int64]
 Accepts = Callable[[int], bool]
 
-WIDTHS = {TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"}
+TARGETS = ("weight", "bias", "scale", "zero-point")
+"""What of a file may be hit; the first is the default."""
 
-# Integer types that may hold weights but are not handled (yet). int32 is missing on purpose:
-# it holds biases, which are listed by `excluded` and left alone.
+SMALL: dict[int, str] = {
+    TensorProto.INT8: "int8",
+    TensorProto.UINT8: "uint8",
+    TensorProto.INT4: "int4",
+    TensorProto.UINT4: "uint4",
+}
+INT32: dict[int, str] = {TensorProto.INT32: "int32"}
+FLOATS: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+
+TYPES: dict[str, dict[int, str]] = {
+    "weight": SMALL,
+    "bias": INT32,
+    "scale": FLOATS,
+    "zero-point": SMALL | INT32,
+}
+"""Types that each target may be stored in, as numpy (or ONNX, for the packed ones) calls them."""
+
+# Integer types that may hold weights but are not handled (yet).
 UNHANDLED = {
     TensorProto.DataType.Value(name)
-    for name in ("INT4", "UINT4", "INT2", "UINT2", "INT16", "UINT16", "FLOAT4E2M1")
+    for name in ("INT2", "UINT2", "INT16", "UINT16", "FLOAT4E2M1")
     + ("FLOAT8E4M3FN", "FLOAT8E4M3FNUZ", "FLOAT8E5M2", "FLOAT8E5M2FNUZ", "FLOAT8E8M0")
 }
 
@@ -55,8 +73,7 @@ DATA: dict[str, Accepts] = {
     "MatMulIntegerToFloat": _at(0, 1),
 }
 
-# Inputs that hold zero points, limits and fill values: not weights.
-PARAMETERS: dict[str, Accepts] = {
+ZERO_POINTS: dict[str, Accepts] = {
     "QuantizeLinear": _at(2),
     "DequantizeLinear": _at(2),
     "QLinearConv": _at(2, 5, 7),
@@ -75,11 +92,38 @@ PARAMETERS: dict[str, Accepts] = {
     "ConvInteger": _at(2, 3),
     "DynamicQuantizeMatMul": _at(3),
     "MatMulIntegerToFloat": _at(4, 5),
-    "Pad": _at(2),
-    "Clip": _at(1, 2),
-    "Max": _at(1),
-    "Min": _at(1),
 }
+
+SCALES: dict[str, Accepts] = {
+    "QuantizeLinear": _at(1),
+    "DequantizeLinear": _at(1),
+    "QLinearConv": _at(1, 4, 6),
+    "QLinearMatMul": _at(1, 4, 6),
+    "QGemm": _at(1, 4, 7),
+    "QLinearAdd": _at(1, 4, 6),
+    "QLinearMul": _at(1, 4, 6),
+    "QLinearConcat": lambda i: i == 0 or (i > 2 and i % 3 == 0),
+    "QLinearAveragePool": _at(1, 3),
+    "QLinearGlobalAveragePool": _at(1, 3),
+    "QLinearReduceMean": _at(1, 3),
+    "QLinearLeakyRelu": _at(1, 3),
+    "QLinearSigmoid": _at(1, 3),
+    "QLinearSoftmax": _at(1, 3),
+    "DynamicQuantizeMatMul": _at(2),
+    "MatMulIntegerToFloat": _at(2, 3),
+}
+
+# Inputs that hold int32 biases; behind DequantizeLinear they are told by their type.
+BIASES: dict[str, Accepts] = {"QLinearConv": _at(8), "QGemm": _at(6)}
+
+# Inputs that hold limits and fill values: not in any fault space.
+LIMITS: dict[str, Accepts] = {"Pad": _at(2), "Clip": _at(1, 2), "Max": _at(1), "Min": _at(1)}
+
+# Axis of the output channels in the weight input of an operator; Gemm and QGemm depend on transB.
+CHANNEL_AXES = {"Conv": 0, "QLinearConv": 0, "ConvInteger": 0}
+COLUMNS = ("MatMul", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat") + (
+    "DynamicQuantizeMatMul",
+)
 
 # Operators that hand a weight on (input 0) on its way to the operator that computes with it.
 PASS_THROUGH = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip"} | {
@@ -103,7 +147,8 @@ class Tensor:
 
     name: str
     dtype: str
-    """`int8` or `uint8`."""
+    """Stored type: `int8`, `uint8`, `int4`, `uint4`, `int32`, `float32`, `float16`; `uint1` for
+    check bits."""
     shape: tuple[int, ...]
     op_type: str
     """Operator that computes with it; behind DequantizeLinear and changes of layout."""
@@ -111,6 +156,10 @@ class Tensor:
     """Name of that node, or of its first output where it has none."""
     absorbed: bool
     """A Clip stands between the initializer and that operator, and may undo a flip."""
+    target: str = "weight"
+    """One of TARGETS, or `check` for the check codes of a protection."""
+    axis: int | None = None
+    """Axis of the output channels of a weight; None where it has none that we know."""
 
     @property
     def size(self) -> int:
@@ -125,6 +174,11 @@ class Tensor:
     @property
     def n_bits(self) -> int:
         return self.size * self.width
+
+    @property
+    def n_bytes(self) -> int:
+        """Stored bytes; the last one may be half used."""
+        return -(-self.n_bits // 8)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the derived `n_bits`."""
@@ -182,7 +236,7 @@ class Space:
                     )
                 return int(start) + site.offset * tensor.width + site.bit
         names = ", ".join(tensor.name for tensor in self.tensors)
-        raise InputError(f"no weight {site.tensor!r} in the file; it has {names}")
+        raise InputError(f"no tensor {site.tensor!r} in the fault space; it has {names}")
 
     def to_json(self) -> list[dict[str, Any]]:
         return [tensor.to_json() for tensor in self.tensors]
@@ -207,16 +261,58 @@ class Discovery:
 
 
 @dataclass(kw_only=True)
-class _Use:
-    """How the graph uses one initializer."""
+class _Place:
+    """The first operator in the graph that uses an initializer in one role."""
 
-    data: bool = False
-    absorbed: bool = False
     order: int = 2**62
     op_type: str = ""
     node: str = ""
+    absorbed: bool = False
+    axis: int | None = None
+
+
+@dataclass(kw_only=True)
+class _Use:
+    """How the graph uses one initializer."""
+
+    places: dict[str, _Place] = field(default_factory=dict)
+    """By role: `data`, or one of TARGETS."""
     unknown: list[str] = field(default_factory=list)
     read: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Path:
+    """What stands between an initializer and the operator that computes with it."""
+
+    clipped: bool = False
+    perms: tuple[tuple[int, ...], ...] | None = ()
+    """Transposes in their order; None once the layout changed in another way."""
+
+    def through(self, node: onnx.NodeProto) -> _Path:
+        perms = self.perms
+        if node.op_type == "Transpose" and perms is not None:
+            perm = next((tuple(a.ints) for a in node.attribute if a.name == "perm"), None)
+            perms = None if perm is None else (*perms, perm)
+        elif node.op_type not in ("Identity", "Clip"):
+            perms = None
+        return _Path(clipped=self.clipped or node.op_type == "Clip", perms=perms)
+
+    def axis(self, node: onnx.NodeProto, i: int, rank: int) -> int | None:
+        """Axis of the output channels in the initializer, where `node` reads it as input `i`."""
+        found = None
+        if i in (1, 3) and node.op_type in CHANNEL_AXES:
+            found = CHANNEL_AXES[node.op_type]
+        elif i in (1, 3) and node.op_type in COLUMNS:
+            found = rank - 1
+        elif i in (1, 3) and node.op_type in ("Gemm", "QGemm"):
+            transposed = any(a.name == "transB" and a.i for a in node.attribute)
+            found = 0 if transposed else 1
+        if found is None or self.perms is None or not rank > found >= 0:
+            return None
+        for perm in reversed(self.perms):
+            found = perm[found]
+        return found
 
 
 def _label(node: onnx.NodeProto) -> str:
@@ -228,59 +324,107 @@ class _Graph:
 
     def __init__(self, graph: onnx.GraphProto) -> None:
         self.readers: dict[str, list[tuple[int, onnx.NodeProto, int]]] = {}
+        self.dynamic_scales = set()
         for order, node in enumerate(graph.node):
             for i, name in enumerate(node.input):
                 self.readers.setdefault(name, []).append((order, node, i))
+            if node.op_type == "DynamicQuantizeLinear":
+                self.dynamic_scales.add(node.output[1])
+        self.int32_products = {
+            n.output[0] for n in graph.node if n.op_type in ("ConvInteger", "MatMulInteger")
+        }
 
-    def use(self, name: str) -> _Use:
-        """Follow an initializer to the operators that compute with it."""
+    def use(self, name: str, rank: int) -> _Use:
+        """Follow an initializer with `rank` axes to the operators that compute with it."""
         use = _Use()
-        self._follow(name, use, clipped=False)
+        self._follow(name, use, _Path(), rank)
         return use
 
-    def _follow(self, value: str, use: _Use, *, clipped: bool) -> None:
+    def _role(self, node: onnx.NodeProto, i: int) -> str | None:
+        """What an operator takes its input `i` for; None where we do not know."""
+        tables = {"data": DATA, "zero-point": ZERO_POINTS, "scale": SCALES, "bias": BIASES}
+        for role, table in {**tables, "limit": LIMITS}.items():
+            if table.get(node.op_type, _at())(i):
+                return role
+        # quantize_dynamic multiplies the scales outside of the integer operators
+        if node.op_type == "Mul" and self.dynamic_scales & set(node.input):
+            return "scale"
+        if node.op_type == "Add" and self.int32_products & set(node.input):
+            return "bias"
+        return None
+
+    def _follow(self, value: str, use: _Use, path: _Path, rank: int) -> None:
         for order, node, i in self.readers.get(value, []):
             use.read = True
             if node.op_type in PASS_THROUGH and i == 0:
-                self._follow(node.output[0], use, clipped=clipped or node.op_type == "Clip")
-            elif DATA.get(node.op_type, _at())(i):
-                use.data = True
-                use.absorbed |= clipped
-                if node.op_type == "DequantizeLinear":
-                    self._consumer(node.output[0], (order, node), use)
-                else:
-                    self._take(order, node, use)
-            elif not PARAMETERS.get(node.op_type, _at())(i):
+                self._follow(node.output[0], use, path.through(node), rank)
+                continue
+            role = self._role(node, i)
+            if role is None:
                 use.unknown.append(f"input {i} of {node.op_type} {_label(node)}")
+            elif node.op_type == "DequantizeLinear":
+                self._consumer(node.output[0], (order, node, i), use, path, rank, role)
+            else:
+                self._take(order, node, i, use, path, rank, role)
 
-    def _consumer(self, value: str, default: tuple[int, onnx.NodeProto], use: _Use) -> None:
+    def _consumer(
+        self,
+        value: str,
+        default: tuple[int, onnx.NodeProto, int],
+        use: _Use,
+        path: _Path,
+        rank: int,
+        role: str,
+    ) -> None:
         """The first operator behind a DequantizeLinear that does more than change the layout."""
         readers = self.readers.get(value, [])
         if not readers:
-            self._take(*default, use)
+            self._take(*default, use, path, rank, role)
         for order, node, i in readers:
             if node.op_type in PASS_THROUGH and i == 0:
-                use.absorbed |= node.op_type == "Clip"
-                self._consumer(node.output[0], (order, node), use)
+                after = path.through(node)
+                self._consumer(node.output[0], (order, node, i), use, after, rank, role)
             else:
-                self._take(order, node, use)
+                self._take(order, node, i, use, path, rank, role)
 
-    def _take(self, order: int, node: onnx.NodeProto, use: _Use) -> None:
-        if order < use.order:
-            use.order, use.op_type, use.node = order, node.op_type, _label(node)
+    def _take(
+        self,
+        order: int,
+        node: onnx.NodeProto,
+        i: int,
+        use: _Use,
+        path: _Path,
+        rank: int,
+        role: str,
+    ) -> None:
+        place = use.places.setdefault(role, _Place())
+        place.absorbed |= path.clipped
+        if order < place.order:
+            place.order, place.op_type, place.node = order, node.op_type, _label(node)
+            place.axis = path.axis(node, i, rank) if role == "data" else None
 
 
-def _promote_constants(model: onnx.ModelProto) -> None:
-    """Turn Constant nodes that hold tensors of small integers into initializers."""
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor of a Constant node; None for other nodes and for other kinds of constants."""
+    if node.op_type != "Constant":
+        return None
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            value: onnx.TensorProto = attribute.t
+            return value
+        if attribute.name in ("value_float", "value_floats"):
+            floats = helper.get_attribute_value(attribute)
+            return numpy_helper.from_array(np.asarray(floats, np.float32))
+    return None
+
+
+def _promote_constants(model: onnx.ModelProto, types: set[int]) -> None:
+    """Turn Constant nodes that hold tensors of `types` into initializers."""
     graph = model.graph
     kept = []
     for node in graph.node:
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if (
-            node.op_type == "Constant"
-            and value is not None
-            and (value.data_type in WIDTHS or value.data_type in UNHANDLED)
-        ):
+        value = _constant(node)
+        if value is not None and value.data_type in types:
             graph.initializer.add().CopyFrom(value)
             graph.initializer[-1].name = node.output[0]
         else:
@@ -301,7 +445,7 @@ def _inner_graphs(nodes: Any) -> Iterator[tuple[str, onnx.GraphProto]]:
 
 def _refuse_hidden(model: onnx.ModelProto) -> None:
     """UnsupportedModel for small-integer tensors where we do not follow them."""
-    small = set(WIDTHS) | UNHANDLED
+    small = set(SMALL) | UNHANDLED
     outer = {t.name for t in model.graph.initializer if t.data_type in small}
     for where, graph in _inner_graphs(model.graph.node):
         tensors = [t for t in graph.initializer if t.data_type in small] + [
@@ -372,66 +516,48 @@ def _warnings(model: onnx.ModelProto, tensors: list[Tensor], unread: list[str]) 
         found.append(f"{len(floats)} float weights (first: {floats[0]}) are not in the fault space")
     if unread:
         found.append(
-            f"{len(unread)} 8-bit initializers (first: {unread[0]}) are read by no operator and "
-            "are not in the fault space"
+            f"{len(unread)} small initializers (first: {unread[0]}) are read by no operator "
+            "and are not in the fault space"
         )
     return found
 
 
-def discover(model: onnx.ModelProto) -> Discovery:
-    """The fault space of a model, in the order in which the network computes with its weights.
+def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Discovery:
+    """The fault space of a model, in the order in which the network computes with its tensors.
 
-    The model itself is changed: Constant nodes become initializers, and the data of weights
-    moves to `raw_data`. UnsupportedModel, naming the tensor, for float models and for weights
-    of types or in places that are not handled.
+    The model itself is changed: Constant nodes become initializers, and the data of what is in
+    the space moves to `raw_data`. UnsupportedModel, naming the tensor, for float models, for
+    tensors of types or in places that are not handled, and for a target that it does not store.
     """
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+        raise InputError(
+            f"target {','.join(targets)!r} given; expected some of {', '.join(TARGETS)}, each once"
+        )
     _refuse_hidden(model)
-    _promote_constants(model)
+    types = set(SMALL) | UNHANDLED | {t for target in targets for t in TYPES[target]}
+    _promote_constants(model, types)
     graph = _Graph(model.graph)
     found: list[tuple[int, Tensor]] = []
     excluded, unread = [], []
     for proto in model.graph.initializer:
-        if proto.data_type not in WIDTHS and proto.data_type not in UNHANDLED:
-            if proto.data_type == TensorProto.INT32 and graph.use(proto.name).data:
-                shape = list(proto.dims)
-                excluded.append({"name": proto.name, "dtype": "int32", "shape": shape})
-            continue
-        use = graph.use(proto.name)
-        if use.unknown:
+        use = graph.use(proto.name, len(proto.dims))
+        small = proto.data_type in SMALL or proto.data_type in UNHANDLED
+        if small and use.unknown:
             raise UnsupportedModel(
                 f"initializer {proto.name!r} goes to {use.unknown[0]}, where we do not know "
                 "whether it is a weight; it is not skipped silently, so the model is refused"
             )
-        if not use.read:
+        if small and not use.read:
             unread.append(proto.name)
-        if not use.data:
-            continue
-        if proto.data_type in UNHANDLED:
-            name = TensorProto.DataType.Name(proto.data_type).lower()
-            raise UnsupportedModel(
-                f"weight {proto.name!r} of {use.op_type} {use.node} has the type {name}; only "
-                "int8 and uint8 weights are handled"
-            )
-        codes = np.ascontiguousarray(numpy_helper.to_array(proto))
-        proto.ClearField("int32_data")
-        proto.raw_data = codes.tobytes()
-        tensor = Tensor(
-            name=proto.name,
-            dtype=WIDTHS[proto.data_type],
-            shape=tuple(proto.dims),
-            op_type=use.op_type,
-            node=use.node,
-            absorbed=use.absorbed,
-        )
-        found.append((use.order, tensor))
+        role = _target(proto, use)
+        if role == "bias" and role not in targets:
+            excluded.append({"name": proto.name, "dtype": "int32", "shape": list(proto.dims)})
+        if role is not None and role in targets:
+            found.append(_tensor(proto, use, role))
     tensors = [tensor for _, tensor in sorted(found, key=lambda pair: pair[0])]
-    if not tensors:
-        floats = _float_weights(model)
-        raise UnsupportedModel(
-            f"the model has no int8 or uint8 weights ({len(floats)} float weights"
-            + (f", first: {floats[0]}" if floats else "")
-            + "); faults go into quantized weights: quantize it first"
-        )
+    for target in targets:
+        if not any(tensor.target == target for tensor in tensors):
+            _refuse_without(model, target)
     return Discovery(
         model=model,
         space=Space(tensors=tuple(tensors)),
@@ -440,16 +566,67 @@ def discover(model: onnx.ModelProto) -> Discovery:
     )
 
 
-def inspect(raw: bytes, name: str = "the model") -> dict[str, Any]:
+def _target(proto: onnx.TensorProto, use: _Use) -> str | None:
+    """Which target an initializer is; None for what no target covers."""
+    if "data" in use.places and proto.data_type in (set(SMALL) | UNHANDLED):
+        return "weight"
+    if "bias" in use.places or ("data" in use.places and proto.data_type in INT32):
+        return "bias" if proto.data_type in INT32 else None
+    return next((role for role in ("scale", "zero-point") if role in use.places), None)
+
+
+def _tensor(proto: onnx.TensorProto, use: _Use, target: str) -> tuple[int, Tensor]:
+    """The entry of an initializer in the space, with its place; its data moves to `raw_data`."""
+    place = use.places[target if target in use.places else "data"]
+    if proto.data_type not in TYPES[target]:
+        name = TensorProto.DataType.Name(proto.data_type).lower()
+        raise UnsupportedModel(
+            f"{target} {proto.name!r} of {place.op_type} {place.node} has the type {name}; only "
+            f"{', '.join(TYPES[target].values())} are handled"
+        )
+    dtype = TYPES[target][proto.data_type]
+    values = np.ascontiguousarray(numpy_helper.to_array(proto))
+    if dtype in bits.PACKED:
+        values = bits.pack(values.astype(np.int8 if dtype == "int4" else np.uint8).reshape(-1))
+    for kind in ("int32_data", "float_data"):
+        proto.ClearField(kind)
+    proto.raw_data = values.tobytes()
+    return place.order, Tensor(
+        name=proto.name,
+        dtype=dtype,
+        shape=tuple(proto.dims),
+        op_type=place.op_type,
+        node=place.node,
+        absorbed=place.absorbed,
+        target=target,
+        axis=place.axis,
+    )
+
+
+def _refuse_without(model: onnx.ModelProto, target: str) -> NoReturn:
+    if target != "weight":
+        kinds = ", ".join(TYPES[target].values())
+        raise UnsupportedModel(f"the model stores no {target} ({kinds}); ask for other targets")
+    floats = _float_weights(model)
+    raise UnsupportedModel(
+        f"the model has no 8-bit or 4-bit weights ({len(floats)} float weights"
+        + (f", first: {floats[0]}" if floats else "")
+        + "); faults go into quantized weights: quantize it first"
+    )
+
+
+def inspect(
+    raw: bytes, name: str = "the model", targets: Sequence[str] = TARGETS[:1]
+) -> dict[str, Any]:
     """What `resq-deploy inspect` shows of the bytes of an ONNX file.
 
     Keys: tensors (list of Tensor.to_json), n_tensors, n_bytes, n_bits, excluded, warnings,
     kernels (node types that onnxruntime runs, with their numbers).
     """
-    found = discover(runtime.parse_model(raw, name))
+    found = discover(runtime.parse_model(raw, name), targets)
     return {
         "n_tensors": len(found.space.tensors),
-        "n_bytes": sum(tensor.n_bits for tensor in found.space.tensors) // 8,
+        "n_bytes": sum(tensor.n_bytes for tensor in found.space.tensors),
         "n_bits": found.space.n_bits,
         "tensors": found.space.to_json(),
         "excluded": found.excluded,
