@@ -3,7 +3,8 @@
     resq-deploy run models/cifar10-resnet20.toml       # and the others
     python benchmarks/results.py runs/cifar10-resnet20 runs/cifar10-resnet8 runs/digits-resnet8
 
-Only what the stores of the runs say: no number is typed by hand.
+Only what the stores of the runs say: no number is typed by hand. A run whose folder is not given
+keeps what docs/results/NAME.json holds of it; without arguments the pages are written again.
 """
 
 from __future__ import annotations
@@ -49,28 +50,63 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def read(run: Path) -> dict[str, Any]:
+    """The table of a finished run and, under "notes", how it was made."""
+    attack = artifacts.read_json(run / "prove" / "baseline" / "attack.json")
+    facts = artifacts.read_json(run / "fault" / "checkpoint.json")
+    recipe = artifacts.read_json(run / "recipe.json")
+    stages = ("float", "baseline", "attack", "fault")
+    notes = {
+        "attack": {key: attack[key] for key in ("steps", "restarts")},
+        "held_out": artifacts.read_json(run / "adjust" / "checkpoint.json")["held_out"],
+        "training": {key: facts[key] for key in ("precision", "threads")}
+        | {key: facts["versions"][key] for key in ("torch", "brevitas")},
+        "data": {key: recipe["data"].get(key) for key in ("name", "train", "test")},
+        "epochs": {stage: recipe[stage]["epochs"] for stage in stages},
+    }
+    return table.build(sources.load(run)) | {"notes": notes}
+
+
+def made(notes: dict[str, Any]) -> str:
+    """The data and epochs of a run; nothing where an older result does not say."""
+    if "data" not in notes:
+        return ""
+    data = notes["data"]
+    files = [f"{split} images {data[split]}" for split in ("train", "test") if data[split]]
+    epochs = ", ".join(f"{stage} {n}" for stage, n in notes["epochs"].items())
+    return f"Data: {', '.join([data['name'], *files])}; epochs: {epochs}.  \n"
+
+
+def section(found: dict[str, Any]) -> str:
+    """One run in Markdown."""
+    notes = found["notes"]
+    attack, training, check = notes["attack"], notes["training"], notes["held_out"]
+    change, kept = check["change"], "kept" if check["kept"] else "not kept"
+    return (
+        f"{table.markdown(found).replace('# ', '## ', 1)}\n"
+        f"Attack: PGD with {attack['steps']} steps, {attack['restarts']} random start, "
+        "step size 1.25 epsilon / sqrt(steps).  \n"
+        f"Stage 3 on images and patterns it had not seen: objective {change['value']:+.4f} "
+        f"[{change['low']:+.4f}, {change['high']:+.4f}], {kept}.  \n"
+        f"{made(notes)}"
+        f"Training: {training['precision']}, {training['threads']} thread(s), torch "
+        f"{training['torch']}, Brevitas {training['brevitas']}; another "
+        "number of threads sums in another order and moves the last bits.  \n"
+        f"Command: `resq-deploy run models/{found['name']}.toml`\n"
+    )
+
+
 def main(runs: list[Path]) -> None:
-    """One section a run, in the order given."""
-    sections, rows, footers = [HEAD], [], []
+    """One section for every run that is given or stored, in the order of their names."""
+    stored = ROOT / "docs" / "results"
     for run in runs:
-        found = table.build(sources.load(run))
-        name = found["name"]
-        artifacts.write_json(ROOT / "docs" / "results" / f"{name}.json", found)
-        text = table.markdown(found).replace("# ", "## ", 1)
-        attack = artifacts.read_json(run / "prove" / "baseline" / "attack.json")
-        facts = artifacts.read_json(run / "fault" / "checkpoint.json")
-        check = artifacts.read_json(run / "adjust" / "checkpoint.json")["held_out"]
-        change, kept = check["change"], "kept" if check["kept"] else "not kept"
-        sections.append(
-            f"{text}\nAttack: PGD with {attack['steps']} steps, {attack['restarts']} random start, "
-            "step size 1.25 epsilon / sqrt(steps).  \n"
-            f"Stage 3 on images and patterns it had not seen: objective {change['value']:+.4f} "
-            f"[{change['low']:+.4f}, {change['high']:+.4f}], {kept}.  \n"
-            f"Training: {facts['precision']}, {facts['threads']} thread(s), torch "
-            f"{facts['versions']['torch']}, Brevitas {facts['versions']['brevitas']}; another "
-            "number of threads sums in another order and moves the last bits.  \n"
-            f"Command: `resq-deploy run models/{name}.toml`\n"
-        )
+        found = read(run)
+        artifacts.write_json(stored / f"{found['name']}.json", found)
+    sections, rows, footers = [HEAD], [], []
+    for path in sorted(stored.glob("*.json")):
+        found = artifacts.read_json(path)
+        found["verdict"] = {key: found["verdict"][key] for key in table.TITLES}  # JSON is sorted
+        sections.append(section(found))
         rows += summary(found)
         footers.append(f"onnxruntime {found['versions']['onnxruntime']}, {found['cpu']['name']}")
     page = "\n".join(sections)
@@ -94,6 +130,4 @@ def main(runs: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python benchmarks/results.py RUN...")
     main([Path(argument) for argument in sys.argv[1:]])
