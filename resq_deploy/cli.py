@@ -134,22 +134,38 @@ def percent(interval: dict[str, Any], value: str = "mean") -> str:
     return "{:.2f} % [{:.2f}, {:.2f}]".format(*numbers)
 
 
+def _targets(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(","))
+
+
 @click.group(cls=Edge, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="resq-deploy", prog_name="resq-deploy")
 def main() -> None:
     """Deploy quantized networks that keep working when memory and inputs are corrupted."""
 
 
+target_option = click.option(
+    "--target",
+    "targets",
+    callback=_targets,
+    default="weight",
+    show_default=True,
+    metavar="T,T,...",
+    help="What can be hit: weight, bias, scale, zero-point.",
+)
+
+
 @main.command()
 @click.argument("model", type=PATH)
+@target_option
 @json_option
-def inspect(model: Path, json_file: Path | None) -> None:
+def inspect(model: Path, targets: tuple[str, ...], json_file: Path | None) -> None:
     """Show the fault space of MODEL: its tensors, bytes and bits, and the kernels that run."""
     from resq_deploy import runtime
     from resq_deploy.inject import space
 
-    found = space.inspect(runtime.read_model(model), str(model))
-    columns = ("name", "dtype", "shape", "op_type", "node", "n_bits", "absorbed")
+    found = space.inspect(runtime.read_model(model), str(model), targets)
+    columns = ("name", "target", "dtype", "shape", "op_type", "node", "n_bits", "absorbed")
     rows = [[tensor[column] for column in columns] for tensor in found["tensors"]]
     table(rows, columns)
     click.echo(
@@ -179,7 +195,16 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @main.command()
 @click.argument("model", type=PATH)
 @with_data
-@click.option("--fault", default="single", show_default=True, help="single, k:K or ber.")
+@click.option("--fault", default="single", show_default=True, help="Fault model, see the manual.")
+@target_option
+@click.option(
+    "--protect",
+    "protection",
+    default="none",
+    show_default=True,
+    metavar="KIND",
+    help="Memory protection: none, parity, secded, secded:zero or top:K.",
+)
 @click.option("--trials", type=int, help="Number of random patterns.")
 @click.option("--margin", type=float, help="Sample size from this margin of error, in (0, 1).")
 @confidence_option
@@ -247,7 +272,7 @@ def _print_campaign(found: dict[str, Any]) -> None:
                     [row[key], row["n_trials"], *row["outcomes"].values(), _sdc_cell(row)]
                     for row in found[name]
                 ],
-                [key, "n", "masked", "benign", "sdc", "SDC rate"],
+                [key, "n", *found["outcomes"], "SDC rate"],
             )
     warn(found["warnings"])
 

@@ -180,5 +180,30 @@ def matmul_integer_to_float() -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
+def _int4() -> bytes:
+    """Weights in [-8, 7], packed two a byte, behind DequantizeLinear (opset 21)."""
+    rng = np.random.default_rng(5)
+    model = float_resnet()
+    model.opset_import[0].version = 21
+    weights = {t.name: t for t in model.graph.initializer if t.name.startswith("w")}
+    nodes = []
+    for name, proto in weights.items():
+        codes = rng.integers(-8, 8, proto.dims)
+        model.graph.initializer.remove(proto)
+        model.graph.initializer.extend(
+            [
+                helper.make_tensor(f"{name}_q", TensorProto.INT4, codes.shape, codes.ravel()),
+                numpy_helper.from_array(np.float32(0.1), f"{name}_scale"),
+            ]
+        )
+        inputs = [f"{name}_q", f"{name}_scale"]
+        nodes.append(helper.make_node("DequantizeLinear", inputs, [name]))
+    rest = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes + rest)
+    return model.SerializeToString()
+
+
 BUILDERS["fused-matmul"] = matmul_integer_to_float
 ALL = tuple(BUILDERS)
+BUILDERS["qdq-int4"] = _int4  # its float layers need not repeat over chunks

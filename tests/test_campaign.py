@@ -19,6 +19,7 @@ from resq_deploy.inject import campaign, compare, inject, results, write_csv, wr
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.space import discover
+from resq_deploy.records import Site
 
 DATA = models.data(12)
 SWEEP = {"fault": "ber", "rates": [1e-3, 0.02], "draws": 5}
@@ -247,14 +248,18 @@ def test_wrong_sites_are_refused_with_their_line(
         ({"trials": 3, "margin": 0.1}, "--trials and --margin given"),
         ({"trials": 0}, "--trials 0"),
         ({"trials": 1569}, "1 to 1568"),
-        ({"rates": [0.1]}, "goes with --rates"),
-        ({"fault": "ber", "trials": 3}, "goes with --rates"),
+        ({"rates": [0.1]}, "single with --rates given; single goes with --trials or --margin"),
+        ({"fault": "ber", "trials": 3}, "ber with --trials given; ber goes with --rates$"),
+        ({"fault": "0to1", "margin": 0.1}, "0to1 goes with --rates$"),
+        ({"fault": "burst:4", "exhaustive": True}, "burst:4 goes with --trials or --margin$"),
+        ({"fault": "byte", "trials": 196 * 255 + 1}, "1 to 49980"),
+        ({"fault": "adjacent:1153", "trials": 1}, "no tensor has so many"),
         ({"fault": "ber", "rates": [0.1, 2]}, r"lie in \[0, 1\]"),
         ({"fault": "ber", "rates": [0.1, float("nan")]}, r"lie in \[0, 1\]"),
         ({"fault": "ber", "rates": [0.1, 0.1]}, "distinct"),
         ({"fault": "ber", "rates": [0.1], "draws": 0}, "--draws"),
         ({"trials": 3, "draws": 3}, "--draws 3 given without --rates"),
-        ({"fault": "k:2", "exhaustive": True}, "--exhaustive goes with"),
+        ({"fault": "k:2", "exhaustive": True}, "k:2 goes with --trials or --margin$"),
         ({"fault": "k:2000", "trials": 3}, "2000 flips asked for"),
         ({"margin": 1.5}, "margin"),
         ({"trials": 3, "engine": "fast"}, "engine 'fast' does not exist"),
@@ -314,7 +319,7 @@ def test_faults_that_change_nothing_are_reported(model: Path, tmp_path: Path) ->
     file = tmp_path / "sites.csv"
     file.write_text("Injection,Layer,TensorIndex,Bit\n0,w1_quantized,0,7\n")
     found = inject(model, black, out=tmp_path / "s", sites=file)
-    assert found["outcomes"] == {"masked": 1, "benign": 0, "sdc": 0}
+    assert found["outcomes"] == {"masked": 1, "benign": 0, "sdc": 0, "due": 0}
     assert any("no fault changed any output" in warning for warning in found["warnings"])
 
 
@@ -357,5 +362,110 @@ def test_summary_has_the_agreed_fields(model: Path, tmp_path: Path) -> None:
     assert {"mean", "low", "high", "confidence", "worst", "n"} <= set(found["fault_accuracy"])
     json.dumps(found, allow_nan=False)
     by_outcome = Counter(t.outcome for t in trials(tmp_path / "s"))
-    assert found["outcomes"] == {k: by_outcome[k] for k in ("masked", "benign", "sdc")}
+    assert found["outcomes"] == {k: by_outcome[k] for k in ("masked", "benign", "sdc", "due")}
     assert found["sdc_rate"]["value"] == found["outcomes"]["sdc"] / 6
+
+
+# --------------------------------------------------------------------------- targets, faults
+
+
+FAULTS = {
+    "adjacent:3": {"trials": 6},
+    "burst:8": {"trials": 6},
+    "byte": {"trials": 6},
+    "stuck0": {"trials": 6},
+    "stuck1": {"rates": [0.01], "draws": 4},
+    "0to1": {"rates": [0.01], "draws": 4},
+    "1to0": {"rates": [0.01], "draws": 4},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_model_runs_and_its_sites_are_drawn_again(
+    model: Path, tmp_path: Path, fault: str
+) -> None:
+    """The struck sites, applied by hand to the stored codes, give the counts of the store."""
+    inject(
+        model, DATA, out=tmp_path / "s", fault=fault, targets=["weight", "bias"], **FAULTS[fault]
+    )
+    write_csv([tmp_path / "s"], tmp_path / "c.csv", sites=True)
+    found = discover(onnx.load(model), ["weight", "bias"])
+    memory, engine = Memory.of(found), Reload(found.model, found.space, DATA.x)
+    golden = engine.run({})
+    for row in csv.DictReader((tmp_path / "c.csv").open()):
+        hit = [row[name].split(";") if row[name] else [] for name in ("tensor", "offset", "bit")]
+        sites = [Site(tensor=t, offset=int(o), bit=int(b)) for t, o, b in zip(*hit, strict=True)]
+        cells = np.array([found.space.flat(site) for site in sites], np.int64)
+        source = {"stuck0": 1, "stuck1": 0, "0to1": 0, "1to0": 1}.get(fault)
+        flips = cells if source is None else cells[memory.bits(cells) == source]
+        assert len(flips) == int(row["n_flips"])
+        output = engine.run(memory.read(flips))
+        assert metrics.changed(golden, output).sum() == int(row["n_changed"])
+
+
+def test_stuck_cells_may_be_listed(model: Path, tmp_path: Path) -> None:
+    a, b, file = tmp_path / "a", tmp_path / "b", tmp_path / "sites.csv"
+    inject(model, DATA, out=a, fault="stuck1", trials=20)
+    write_sites([a], file)
+    found = inject(model, DATA, out=b, fault="stuck1", sites=file)
+    assert found["fault"] == "stuck1"
+    assert trials(b) == trials(a)
+    assert {t.n_flips for t in trials(a)} == {0, 1}
+    assert all(t.site is not None for t in trials(a)), "cells that do not change count too"
+    assert results([b])["n_trials"] == 20
+
+
+def test_a_file_that_onnxruntime_refuses_is_an_outcome(tmp_path: Path) -> None:
+    """A scale that becomes infinite: QDQ files load, but no bias fits it any more."""
+    file = tmp_path / "model.onnx"
+    file.write_bytes(models.quantized("qdq-channel"))
+    found = inject(file, DATA, out=tmp_path / "s", targets=["scale"], exhaustive=True)
+    due = [t for t in trials(tmp_path / "s") if t.outcome == "due"]
+    assert found["outcomes"]["due"] == len(due) > 0
+    assert {(t.n_correct, t.n_sdc, t.n_changed) for t in due} == {(0, 0, 0)}
+    assert sum(found["outcomes"].values()) == found["n_bits"]
+    worst = found["fault_accuracy"]["worst"]
+    assert worst == 0.0, "no answer is no right answer"
+
+
+def test_packed_int4_weights(tmp_path: Path) -> None:
+    """Against the same network with a flipped nibble written by onnx itself."""
+    raw = models.quantized("qdq-int4")
+    file = tmp_path / "model.onnx"
+    file.write_bytes(raw)
+    found = inject(file, DATA, out=tmp_path / "s", trials=30, seed=2)
+    assert found["n_bits"] == 4 * (36 + 144 + 16)
+    golden = runtime.run(runtime.session(raw), DATA.x)
+    for trial in trials(tmp_path / "s"):
+        patched = onnx.load_model_from_string(raw)
+        proto = next(t for t in patched.graph.initializer if t.name == trial.site.tensor)
+        codes = onnx.numpy_helper.to_array(proto).astype(np.int64).reshape(-1)
+        flipped = int(codes[trial.site.offset]) & 15 ^ 1 << trial.site.bit
+        codes[trial.site.offset] = flipped - 16 * (flipped > 7)
+        proto.CopyFrom(
+            onnx.helper.make_tensor(proto.name, proto.data_type, proto.dims, codes.tolist())
+        )
+        output = runtime.run(runtime.session(patched.SerializeToString()), DATA.x)
+        assert trial.n_changed == metrics.changed(golden, output).sum()
+        assert trial.n_correct == (output.argmax(1) == DATA.y).sum()
+
+
+def test_protection_is_in_front_of_the_network(model: Path, tmp_path: Path) -> None:
+    plain = inject(model, DATA, out=tmp_path / "none", trials=40)
+    assert plain["outcomes"]["masked"] < 40
+    secded = inject(model, DATA, out=tmp_path / "secded", trials=40, protection="secded")
+    assert secded["outcomes"]["masked"] == 40
+    assert secded["protection"] == {
+        "name": "secded",
+        "data_bytes": 196,
+        "check_bytes": 5 + 18 + 2,
+        "hardened_bytes": 0,
+        "overhead": 25 / 196,
+    }
+    assert secded["n_bits"] == 8 * (196 + 25)
+    assert secded["warnings"] == []
+    top = inject(model, DATA, out=tmp_path / "top", trials=40, protection="top:8")
+    assert [t.site for t in trials(tmp_path / "top")] == [t.site for t in trials(tmp_path / "none")]
+    assert top["outcomes"]["masked"] == 40
+    with pytest.raises(HeaderMismatch, match="protection differs"):
+        inject(model, DATA, out=tmp_path / "top", trials=40, resume=True)

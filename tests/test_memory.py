@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 import models
 from resq_deploy import bits
 from resq_deploy.errors import InputError
-from resq_deploy.inject import memory, protect
+from resq_deploy.inject import memory
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.space import Discovery, Space, Tensor, discover
 
@@ -147,8 +147,3 @@ def test_bits_outside_are_refused() -> None:
         mem.read(np.array([8]))
     with pytest.raises(InputError, match="outside"):
         mem.bits(np.array([-1]))
-
-
-def test_unknown_protections_are_refused() -> None:
-    with pytest.raises(InputError, match="'zap' is unknown; expected none"):
-        protect.parse("zap")

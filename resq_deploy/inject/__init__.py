@@ -15,6 +15,7 @@ from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.inject import campaign, plans, space
 from resq_deploy.inject.compare import compare
+from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.summary import results, write_csv, write_sites
 from resq_deploy.inject.verify import verify
 
@@ -27,6 +28,8 @@ def inject(
     *,
     out: Path,
     fault: str = "single",
+    targets: Sequence[str] = space.TARGETS[:1],
+    protection: str = "none",
     trials: int | None = None,
     margin: float | None = None,
     confidence: float = 0.95,
@@ -53,8 +56,9 @@ def inject(
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie in (0, 1), got {confidence}")
     raw = runtime.read_model(model)
+    found = space.discover(runtime.parse_model(raw), targets)
     plan = plans.make(
-        space.discover(runtime.parse_model(raw)).space,
+        Memory.of(found, protection).space,
         fault=fault,
         trials=trials,
         margin=margin,
@@ -69,6 +73,8 @@ def inject(
         data,
         plan,
         out=out,
+        targets=targets,
+        protection=protection,
         seed=seed,
         workers=workers,
         shard=shard,

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from resq_deploy import metrics
 from resq_deploy.errors import InputError
 from resq_deploy.inject import faults
-from resq_deploy.inject.faults import BitErrorRate, Fault, SingleFlip
+from resq_deploy.inject.faults import Fault, Numbered
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.space import Flat, Space
 from resq_deploy.records import Site, Trial
@@ -94,16 +93,20 @@ class Random(Plan):
 
 @dataclass(frozen=True, kw_only=True)
 class Exhaustive(Plan):
-    """Every bit of the fault space once, in its order: trial number = flat bit index."""
+    """Every pattern of a numbered fault model once: trial number = pattern number.
 
-    n_bits: int
-    model: Fault = field(default_factory=SingleFlip)
+    For `single`, that is the flat bit index.
+    """
+
+    model: Numbered
+    n: int
+    """Its population in the fault space."""
 
     def trials(self) -> Sequence[int]:
-        return range(self.n_bits)
+        return range(self.n)
 
     def cells(self, trial: int, space: Space, seed: int) -> Flat:
-        return np.array([trial], np.int64)
+        return self.model.pattern(space, trial)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "exhaustive"}
@@ -113,9 +116,9 @@ class Exhaustive(Plan):
 class Sweep(Plan):
     """`draws` patterns at each bit error rate: trial number = index of the rate * draws + draw."""
 
+    model: Fault
     rates: tuple[float, ...]
     draws: int
-    model: Fault = field(default_factory=BitErrorRate)
 
     def trials(self) -> Sequence[int]:
         return range(len(self.rates) * self.draws)
@@ -136,11 +139,12 @@ class Listed(Plan):
     """Patterns given by the user, by trial number."""
 
     sites: dict[int, tuple[Site, ...]]
-    model: Fault = field(default_factory=SingleFlip)
+    model: Fault
+    """What happens at the sites: they flip (SingleFlip), or they are stuck."""
 
     @property
     def fault(self) -> str:
-        return "sites"
+        return "sites" if self.model.name == "single" else self.model.name
 
     def trials(self) -> Sequence[int]:
         return sorted(self.sites)
@@ -157,35 +161,42 @@ class Listed(Plan):
         return {"kind": "sites", "sites": rows}
 
 
-def _listed(rows: Sequence[tuple[int, Site]]) -> Listed:
+def _listed(rows: Sequence[tuple[int, Site]], model: Fault) -> Listed:
     patterns: dict[int, tuple[Site, ...]] = {}
     for trial, site in rows:
         if site in patterns.get(trial, ()):
             raise InputError(f"injection {trial} names {site} twice, which would restore it")
         patterns[trial] = (*patterns.get(trial, ()), site)
-    return Listed(sites=patterns)
+    return Listed(sites=patterns, model=model)
 
 
 def restore(description: dict[str, Any], fault: str, space: Space) -> Plan:
     """The plan that `describe` described, of the fault model named `fault`."""
     kind = description["kind"]
+    model = faults.parse("single" if fault == "sites" else fault)
     if kind == "exhaustive":
-        return Exhaustive(n_bits=space.n_bits)
+        return _exhaustive(model, space)
     if kind == "sweep":
-        return Sweep(rates=tuple(description["rates"]), draws=description["draws"])
+        return Sweep(model=model, rates=tuple(description["rates"]), draws=description["draws"])
     if kind == "sites":
         return _listed(
             [
                 (trial, Site(tensor=tensor, offset=offset, bit=bit))
                 for trial, tensor, offset, bit in description["sites"]
-            ]
+            ],
+            model,
         )
     return Random(
-        model=faults.parse(fault),
+        model=model,
         n=description["trials"],
         margin=description.get("margin"),
         confidence=description.get("confidence"),
     )
+
+
+def _exhaustive(model: Fault, space: Space) -> Exhaustive:
+    assert isinstance(model, Numbered)
+    return Exhaustive(model=model, n=model.population(space))
 
 
 def make(
@@ -202,8 +213,9 @@ def make(
 ) -> Plan:
     """The plan that the options of `inject` ask for; InputError when they ask for none or two.
 
-    `fault` ber needs `rates` (and takes `draws`, 50 by default); the others need exactly one of
-    `trials`, `margin` (finite-population sample size at `confidence`), `exhaustive`, `sites`.
+    Exactly one of `trials`, `margin` (finite-population sample size at `confidence`),
+    `exhaustive`, `sites` and `rates` (with `draws`, 50 by default), among those that the fault
+    model goes with.
     """
     model = faults.parse(fault)
     given = {
@@ -216,44 +228,40 @@ def make(
     names = [name for name, is_given in given.items() if is_given]
     if len(names) != 1:
         raise InputError(
-            f"{' and '.join(names) or 'no plan'} given; expected exactly one of "
-            f"{', '.join(given)} (--rates with --fault ber)"
+            f"{' and '.join(names) or 'no plan'} given; expected exactly one of {', '.join(given)}"
         )
-    if isinstance(model, BitErrorRate) != bool(rates):
+    if names[0] not in model.plans:
+        fitting = [name for name in given if name in model.plans]
         raise InputError(
-            f"--fault {fault} with {names[0]} given; --fault ber goes with --rates, other fault "
-            "models with --trials, --margin, --exhaustive or --sites"
+            f"--fault {fault} with {names[0]} given; {fault} goes with {' or '.join(fitting)}"
         )
     if draws is not None and not rates:
         raise InputError(f"--draws {draws} given without --rates; use --trials")
     if rates:
-        return _sweep(rates, DEFAULT_DRAWS if draws is None else draws)
+        return _sweep(model, rates, DEFAULT_DRAWS if draws is None else draws)
     if sites is not None:
-        return read_sites(sites, space)
+        return read_sites(sites, space, model)
     if exhaustive:
-        if not isinstance(model, SingleFlip):
-            raise InputError(f"--exhaustive goes with --fault single, got {fault}")
-        return Exhaustive(n_bits=space.n_bits)
+        return _exhaustive(model, space)
     if margin is not None:
-        flips = model.k if isinstance(model, faults.KFlips) else 1
-        population = min(math.comb(space.n_bits, flips), LARGE_POPULATION)
+        population = min(model.population(space), LARGE_POPULATION)
         n = metrics.sample_size(population, margin, confidence)
         return Random(model=model, n=n, margin=margin, confidence=confidence)
     assert trials is not None
-    most = space.n_bits if isinstance(model, SingleFlip) else None
+    most = model.population(space) if isinstance(model, Numbered) else None
     if trials < 1 or (most is not None and trials > most):
-        limit = "at least 1" if most is None else f"1 to {most} (the bits of the file)"
+        limit = "at least 1" if most is None else f"1 to {most} (all patterns of {fault})"
         raise InputError(f"--trials {trials} given; expected {limit}")
     return Random(model=model, n=trials)
 
 
-def _sweep(rates: Sequence[float], draws: int) -> Sweep:
+def _sweep(model: Fault, rates: Sequence[float], draws: int) -> Sweep:
     bad = [rate for rate in rates if not 0 <= rate <= 1]
     if bad or len(set(rates)) < len(rates):
         raise InputError(f"--rates must be distinct and lie in [0, 1], got {list(rates)}")
     if draws < 1:
         raise InputError(f"--draws must be at least 1, got {draws}")
-    return Sweep(rates=tuple(float(rate) for rate in rates), draws=draws)
+    return Sweep(model=model, rates=tuple(float(rate) for rate in rates), draws=draws)
 
 
 def _offset(text: str, shape: tuple[int, ...]) -> int:
@@ -264,7 +272,7 @@ def _offset(text: str, shape: tuple[int, ...]) -> int:
     return int(np.ravel_multi_index(index, shape))
 
 
-def read_sites(path: Path, space: Space) -> Listed:
+def read_sites(path: Path, space: Space, model: Fault) -> Listed:
     """Patterns of a CSV file with the columns Injection,Layer,TensorIndex,Bit.
 
     Layer is the initializer, TensorIndex the element offset in C order (or a tuple index); rows
@@ -298,4 +306,4 @@ def read_sites(path: Path, space: Space) -> Listed:
         rows.append((trial, site))
     if not rows:
         raise InputError(f"{path} lists no sites; expected a row a flip")
-    return _listed(rows)
+    return _listed(rows, model)

@@ -29,6 +29,9 @@ Accepts = Callable[[int], bool]
 TARGETS = ("weight", "bias", "scale", "zero-point")
 """What of a file may be hit; the first is the default."""
 
+CHECK = "check"
+"""In place of a target: check codes that a memory protection adds."""
+
 SMALL: dict[int, str] = {
     TensorProto.INT8: "int8",
     TensorProto.UINT8: "uint8",
@@ -157,7 +160,7 @@ class Tensor:
     absorbed: bool
     """A Clip stands between the initializer and that operator, and may undo a flip."""
     target: str = "weight"
-    """One of TARGETS, or `check` for the check codes of a protection."""
+    """One of TARGETS, or CHECK."""
     axis: int | None = None
     """Axis of the output channels of a weight; None where it has none that we know."""
 

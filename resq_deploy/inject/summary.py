@@ -12,9 +12,9 @@ import numpy as np
 
 from resq_deploy import metrics, store
 from resq_deploy.errors import InputError
-from resq_deploy.inject import plans
-from resq_deploy.inject.space import Space
-from resq_deploy.records import Interval, Site, Trial
+from resq_deploy.inject import plans, protect
+from resq_deploy.inject.space import CHECK, Space
+from resq_deploy.records import OUTCOMES, Interval, Site, Trial
 from resq_deploy.store import Header
 
 CSV_COLUMNS = "trial,tensor,offset,bit,n_flips,n_total,n_correct,n_sdc,n_changed".split(",")
@@ -99,7 +99,7 @@ def _by_site(trials: Sequence[Trial], header: Header, confidence: float) -> dict
 
 def _outcomes(trials: Sequence[Trial]) -> dict[str, int]:
     counts = Counter(t.outcome for t in trials)
-    return {name: counts[name] for name in ("masked", "benign", "sdc")}
+    return {name: counts[name] for name in OUTCOMES}
 
 
 def _per_rate(trials: Sequence[Trial], confidence: float) -> list[dict[str, Any]]:
@@ -126,13 +126,16 @@ def summarize(
     """
     if not trials:
         raise InputError("the store has no finished trial; continue the campaign with --resume")
-    plan = plans.restore(header.plan, header.fault, Space.from_json(header.space))
+    stored = Space.from_json(header.space)
+    protection = protect.parse(header.protection)
+    plan = plans.restore(header.plan, header.fault, stored)
     index, n_shards = (int(part) for part in header.shard.split("/"))
     n_planned = sum(number % n_shards == index for number in plan.trials())
     pairs = sum(t.n_total for t in trials)
     changed, sdc = sum(t.n_changed for t in trials), sum(t.n_sdc for t in trials)
     warnings = list(header.warnings)
-    if not changed and any(t.n_flips for t in trials):
+    answered = [t for t in trials if t.n_flips and not t.refused]
+    if not changed and answered and header.protection == "none":
         warnings.append("no fault changed any output: check that the model uses these weights")
     if len(trials) < n_planned:
         warnings.append(f"{n_planned - len(trials)} of {n_planned} planned trials are missing")
@@ -143,6 +146,8 @@ def summarize(
         "golden": dict(vars(header.golden)),
         "engine": header.engine,
         "fault": header.fault,
+        "targets": list(dict.fromkeys(t.target for t in stored.tensors if t.target != CHECK)),
+        "protection": protection.cost(stored),
         "plan": {k: v for k, v in header.plan.items() if k != "sites"},
         "seed": header.seed,
         "shard": header.shard,

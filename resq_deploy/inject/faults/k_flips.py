@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +17,15 @@ from resq_deploy.seeds import stream
 class KFlips(Fault):
     """`k` bits at once, drawn without replacement within a trial."""
 
+    plans = frozenset({"--trials", "--margin"})
     k: int
 
     @property
     def name(self) -> str:
         return f"k:{self.k}"
+
+    def population(self, space: Space) -> int:
+        return math.comb(space.n_bits, self.k)
 
     def sample(self, space: Space, *, seed: int, draw: int, rate: float | None = None) -> Flat:
         """(k,) indices; InputError when the file has fewer bits."""

@@ -1,0 +1,73 @@
+"""SECDED: a code of 72 bits for 64, corrects one flip in a word and detects two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.inject.protect.base import Bytes, Protection
+
+
+def _columns() -> NDArray[np.uint8]:
+    """(64,) the column of the parity-check matrix of every data bit, bit i for row i.
+
+    Hsiao, "A class of optimal minimum odd-weight-column SEC-DED codes", IBM Journal of Research
+    and Development 14 (1970): distinct columns of odd weight, as few ones as possible, rows
+    balanced. Here the 56 columns of weight 3 and the 8 rotations of one column of weight 5: each
+    row has 26 ones. The 8 check bits have the columns of weight 1.
+    """
+    three = [sum(1 << i for i in rows) for rows in combinations(range(8), 3)]
+    five = [(0b11111 << i | 0b11111 >> (8 - i)) & 255 for i in range(8)]
+    return np.array(three + five, np.uint8)
+
+
+COLUMNS = _columns()
+
+_CHECKS = np.zeros((8, 256), np.uint8)
+"""Check code of each value of each byte of a word; those of a word are their exclusive or."""
+for _bit, _column in enumerate(COLUMNS.tolist()):
+    _CHECKS[_bit // 8, (np.arange(256) >> _bit % 8 & 1) == 1] ^= np.uint8(_column)
+
+NOTHING, UNCORRECTABLE = 64, 65
+_ACTION = np.full(256, UNCORRECTABLE)
+"""Data bit that each syndrome says to invert; NOTHING for none and for check bits."""
+_ACTION[[0, *(1 << i for i in range(8))]] = NOTHING
+_ACTION[COLUMNS] = np.arange(64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secded(Protection):
+    """Hsiao's (72, 64) code over words of 8 bytes, check bits in a memory beside.
+
+    One flip in the 72 bits is corrected, two are detected; three may be taken for one and
+    corrected in a fourth place, as the real code does. A word that is found bad and cannot be
+    corrected is left as it was read, or with `zero` read as eight bytes 0. Costs one byte in
+    eight (12.5 %).
+    """
+
+    word = 8
+    check_bits = 8
+
+    zero: bool = False
+    """Read words that cannot be corrected as zeros."""
+
+    @property
+    def name(self) -> str:
+        return "secded:zero" if self.zero else "secded"
+
+    def encode(self, words: Bytes) -> Bytes:
+        checks: Bytes = np.bitwise_xor.reduce(_CHECKS[np.arange(8), words], axis=1)
+        return checks
+
+    def decode(self, words: Bytes, checks: Bytes) -> Bytes:
+        action = _ACTION[self.encode(words) ^ checks]
+        read = words.copy()
+        wrong = np.flatnonzero(action < NOTHING)
+        bit = action[wrong]
+        read[wrong, bit // 8] ^= np.left_shift(1, bit % 8).astype(np.uint8)
+        if self.zero:
+            read[action == UNCORRECTABLE] = 0
+        return read
