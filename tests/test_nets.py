@@ -15,7 +15,7 @@ from resq_deploy.nets.quantized import (
     QuantAdd,
     calibrate,
     codes,
-    fold_batch_norm,
+    fold,
     value,
     weight_layers,
 )
@@ -40,7 +40,7 @@ def trained_like(name: str) -> nn.Module:
 class TestNet:
     def test_folding_keeps_the_function(self, name: str) -> None:
         net = trained_like(name)
-        folded = fold_batch_norm(net)
+        folded = fold(net)
         assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
         torch.testing.assert_close(folded(X), net(X), rtol=1e-4, atol=1e-5)
 
@@ -101,7 +101,7 @@ def test_unknown_net_is_named() -> None:
 
 def test_batch_norm_without_convolution_is_refused() -> None:
     with pytest.raises(InputError, match="does not follow a convolution"):
-        fold_batch_norm(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
+        fold(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3)))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from resq_deploy.errors import ExportError
 from resq_deploy.nets.quantized import codes, weight_layers
 
 INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
-MOVES = ("Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool", "Concat")
+MOVES = (
+    "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool", "Concat", "Gather",
+)  # fmt: skip
 """Operators that hand elements on as they are: they work on the codes."""
 
 
@@ -110,6 +112,28 @@ def _move_codes(graph: onnx.GraphProto) -> None:
     graph.node.extend(n for n in ordered if n.op_type != "DequantizeLinear" or n.output[0] in read)
 
 
+def _unsigned_activations(graph: onnx.GraphProto) -> None:
+    """Store signed activations as uint8 with zero point 128 instead of int8 with 0.
+
+    The same grid; but onnxruntime has integer convolutions only for inputs and outputs of one
+    type, and those behind a ReLU are uint8.
+    """
+    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    signed: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and stored[node.input[2]].dtype == np.int8:
+            signed.add(node.output[0])
+        elif node.op_type in MOVES and node.input[0] in signed:
+            signed.update(node.output)
+            continue
+        elif not (node.op_type == "DequantizeLinear" and node.input[0] in signed):
+            continue
+        node.input[2] = "signed_zero_point"
+    if signed:
+        zero = numpy_helper.from_array(np.array(128, np.uint8), "signed_zero_point")
+        graph.initializer.append(zero)
+
+
 def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
     """Name weights, scales and biases like the PyTorch parameters, in the order of the graph.
 
@@ -119,7 +143,7 @@ def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
     stored = {t.name: t for t in graph.initializer}
     producer = {out: node for node in graph.node for out in node.output}
     wanted = {n: codes(layer).numpy() for n, layer in weight_layers(net).items()}
-    users = [n for n in graph.node if n.op_type in ("Conv", "Gemm", "MatMul")]
+    users = [n for n in graph.node if n.op_type in ("Conv", "Gemm")]
     for node in users:
         weight_dq = producer[node.input[1]]
         stored_codes = numpy_helper.to_array(stored[weight_dq.input[0]])
@@ -177,5 +201,6 @@ def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) 
     )  # fmt: skip
     _fold_weight_clips(model.graph)
     _move_codes(model.graph)
+    _unsigned_activations(model.graph)
     _name_weights(model.graph, net)
     return finish(model, ir_version=ir_version)

@@ -6,6 +6,8 @@ their front ends choke on its Quant node.
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import torch
@@ -65,12 +67,15 @@ def execute(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float3
     """Logits (N, n_classes) of float images (N, C, H, W), by qonnx's own executor."""
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.core.onnx_exec import execute_onnx
-    from qonnx.transformation.change_batchsize import ChangeBatchSize
     from qonnx.transformation.infer_shapes import InferShapes
 
     size = min(CHUNK, len(x))
     with quiet():
-        wrapped = ModelWrapper(model).transform(ChangeBatchSize(size)).transform(InferShapes())
+        model = copy.deepcopy(model)
+        for info in (*model.graph.input, *model.graph.output):
+            info.type.tensor_type.shape.dim[0].dim_value = size
+        del model.graph.value_info[:]  # qonnx's ChangeBatchSize would break Reshapes of tokens
+        wrapped = ModelWrapper(model).transform(InferShapes())
         source, sink = wrapped.graph.input[0].name, wrapped.graph.output[0].name
         outputs = []
         for start in range(0, len(x), size):

@@ -11,7 +11,10 @@ from torch import nn
 
 from resq_deploy.errors import InputError
 from resq_deploy.nets.blocks import channels
+from resq_deploy.nets.efficientnet import EfficientNetB0
+from resq_deploy.nets.mobilenet import MobileNetV2
 from resq_deploy.nets.resnet import ResNet
+from resq_deploy.nets.swin import SwinTiny
 from resq_deploy.nets.vgg import VGG16
 
 
@@ -37,6 +40,9 @@ NETS = {
     "resnet20": Net(make=_resnet(3, 16, 32, 64), sizes=(32,)),
     "resnet18": Net(make=_resnet(2, 64, 128, 256, 512)),
     "vgg16": Net(make=VGG16),
+    "mobilenetv2": Net(make=MobileNetV2),
+    "efficientnet_b0": Net(make=EfficientNetB0),
+    "swin_tiny": Net(make=SwinTiny),
 }
 
 

@@ -26,15 +26,28 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from resq_deploy.errors import InputError
-from resq_deploy.nets.blocks import Add, Boundary
+from resq_deploy.nets.blocks import Add, Boundary, Foldable, Kind
 
 
-class InputQuant(Uint8ActPerTensorFloat):
-    """uint8 pixels, scale fixed at 1/255: a device feeds camera bytes as they are."""
+class Unit(Uint8ActPerTensorFloat):
+    """uint8 values in [0, 1], scale fixed at 1/255: a device feeds camera bytes as they are."""
 
     scaling_impl_type = ScalingImplType.CONST
     restrict_scaling_type = RestrictValueType.FP
     scaling_init = 1.0
+
+
+class Probability(Unit):
+    """uint8 values in [0, 1], scale fixed at 1/256: onnxruntime's QLinearSoftmax rounds exactly
+    at this scale and cuts off at others."""
+
+    scaling_init = 255 / 256
+
+
+class UpToSix(Unit):
+    """uint8 values in [0, 6], scale fixed at 6/255: saturating is what ReLU6 does."""
+
+    scaling_init = 6.0
 
 
 class Unsigned(Uint8ActPerTensorFloat):
@@ -49,20 +62,27 @@ class Signed(Int8ActPerTensorFloat):
     collect_stats_steps = 1
 
 
+def _quantizer(act_quant: type, *, plain: bool = False) -> nn.Module:
+    out = qnn.QuantIdentity(act_quant=act_quant, return_quant_tensor=not plain)
+    return cast(nn.Module, out)
+
+
 class QuantAdd(nn.Module):
     """Addition of two quantized tensors, as onnxruntime's QLinearAdd does it."""
 
-    def __init__(self, *, skip_is_quantized: bool) -> None:
+    def __init__(self, marker: Add) -> None:
         super().__init__()
-        self.main = qnn.QuantIdentity(act_quant=Signed, return_quant_tensor=True)
-        self.skip = None
-        if not skip_is_quantized:
-            self.skip = qnn.QuantIdentity(act_quant=Signed, return_quant_tensor=True)
+        self.main = None if marker.main_is_quantized else _quantizer(Signed)
+        self.skip = None if marker.skip_is_quantized else _quantizer(Signed)
 
     def forward(self, main: Tensor, skip: Tensor) -> Tensor:
-        return value(self.main(main)) + value(self.skip(skip) if self.skip else skip)
+        main = self.main(main) if self.main else main
+        return value(main) + value(self.skip(skip) if self.skip else skip)
 
 
+KINDS: dict[Kind, type] = {
+    "unit": Unit, "probability": Probability, "unsigned": Unsigned, "signed": Signed,
+}  # fmt: skip
 WEIGHT_LAYERS = (qnn.QuantConv2d, qnn.QuantLinear)
 
 
@@ -76,8 +96,9 @@ class _MarkerTracer(fx.Tracer):
         return isinstance(m, (Boundary, Add)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """A copy in eval mode with every batch norm folded into the convolution before it.
+def fold(net: nn.Module) -> nn.Module:
+    """A copy in eval mode with every batch norm folded into the convolution before it, and
+    every `Foldable` folded.
 
     The folded network computes the same function up to float rounding. Raises InputError
     for a batch norm that does not directly follow a convolution.
@@ -99,6 +120,9 @@ def fold_batch_norm(net: nn.Module) -> nn.Module:
             norm.weight, norm.bias,
         )  # fmt: skip
         _replace(net, str(node.target), nn.Identity())
+    for module in net.modules():
+        if isinstance(module, Foldable):
+            module.fold()
     return net
 
 
@@ -116,14 +140,13 @@ def _layer(old: nn.Module) -> nn.Module | None:
         new = qnn.QuantConv2d(*shape, bias=True, **options, **weights)
     elif isinstance(old, nn.Linear):
         new = qnn.QuantLinear(old.in_features, old.out_features, bias=True, **weights)
-    elif isinstance(old, nn.ReLU):
-        return cast(nn.Module, qnn.QuantReLU(act_quant=Unsigned, return_quant_tensor=True))
+    elif isinstance(old, nn.ReLU | nn.ReLU6):
+        kind = Unsigned if isinstance(old, nn.ReLU) else UpToSix
+        return cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
     elif isinstance(old, Add):
-        return QuantAdd(skip_is_quantized=old.skip_is_quantized)
+        return QuantAdd(old)
     elif isinstance(old, Boundary):
-        quant = {"input": InputQuant, "unsigned": Unsigned}.get(old.kind, Signed)
-        out = qnn.QuantIdentity(act_quant=quant, return_quant_tensor=old.kind != "logits")
-        return cast(nn.Module, out)
+        return _quantizer(KINDS[old.kind], plain=old.plain)
     else:
         return None
     new.weight.data.copy_(old.weight.data)
@@ -138,7 +161,7 @@ def quantize(net: nn.Module) -> nn.Module:
 
     Weight names stay those of the float network.
     """
-    net = fold_batch_norm(net)
+    net = fold(net)
     for name, module in list(net.named_modules()):
         new = _layer(module)
         if new is not None:

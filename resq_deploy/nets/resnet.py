@@ -61,7 +61,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         small = image_size == 32
-        self.input = Boundary("input")
+        self.input = Boundary("unit")
         self.conv1 = _conv(in_channels, channels[0], 3 if small else 7, 1 if small else 2)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU()
@@ -79,7 +79,7 @@ class ResNet(nn.Module):
         self.flatten = nn.Flatten()
         self.pooled = Boundary("unsigned")
         self.fc = nn.Linear(c_in, n_classes)
-        self.output = Boundary("logits")
+        self.output = Boundary("signed", plain=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(self.relu(self.bn1(self.conv1(self.input(x)))))

@@ -30,7 +30,7 @@ class VGG16(nn.Module):
         self, *, n_classes: int, in_channels: int = 3, image_size: int = 32, width: float = 1.0
     ) -> None:
         super().__init__()
-        self.input = Boundary("input")
+        self.input = Boundary("unit")
         layers: list[nn.Module] = []
         c_in = in_channels
         for entry in CONFIGURATION_D:
@@ -51,7 +51,7 @@ class VGG16(nn.Module):
                 nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(),
                 nn.Linear(hidden, n_classes),
             )  # fmt: skip
-        self.output = Boundary("logits")
+        self.output = Boundary("signed", plain=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.classifier(self.flatten(self.features(self.input(x))))
