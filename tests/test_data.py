@@ -542,6 +542,11 @@ def test_npz_files_take_the_place_of_the_splits(
     in_folder = data.load("mine_test.npz", tmp_path, train="mine_train.npz")
     assert in_folder.train is not None and in_folder.train.sha256 == pair.train.sha256
     monkeypatch.setenv(data.ROOT_VARIABLE, str(tmp_path))
+    (tmp_path / "here").mkdir()
+    save(tmp_path / "here/mine_train.npz", x=X[:1], y=Y[:1])
+    monkeypatch.chdir(tmp_path / "here")
+    assert len(data.load_test("mine_train.npz")) == 1, "what lies here goes first"
+    monkeypatch.chdir(tmp_path.parent)
     mixed = data.load("digits", train="mine_train.npz")
     assert mixed.train is not None and len(mixed.train) == 3 and len(mixed.test) == 1000
     both = data.load("gtsrb", train="mine_train.npz", test="mine_test.npz")
@@ -861,6 +866,18 @@ def test_incomplete_gtsrb_is_refused(
         data.load("gtsrb", tmp_path)
 
 
+def test_gtsrb_labels_are_checked(tmp_path: Path, final_signs: Signs) -> None:
+    right = final_signs.labels
+    for labels, message in [
+        (right.replace(b"26;0\r", b"26;43\r"), "ClassId of 0 to 42"),
+        (right.replace(b"00003.ppm", b"00002.ppm"), "holds 10 images and labels of 9"),
+    ]:
+        final_signs.labels = labels
+        final_signs.place(tmp_path, "unpacked")
+        with pytest.raises(InputError, match=message):
+            data.load_test("gtsrb", tmp_path)
+
+
 @pytest.mark.parametrize("x2", ["31", "5", "nan", "-1", ""])
 def test_gtsrb_regions_must_lie_in_the_image(tmp_path: Path, final_signs: Signs, x2: str) -> None:
     final_signs.labels = final_signs.labels.replace(b"5;5;25;26;0", f"5;5;{x2};26;0".encode())
@@ -947,6 +964,15 @@ def test_a_broken_image_is_named(tmp_path: Path, raw: bytes | None) -> None:
     assert "\n" not in str(caught.value) and "BytesIO" not in str(caught.value)
 
 
+def test_an_image_with_too_many_pixels_is_not_inflated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_folder(tmp_path)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 79)
+    with pytest.raises(InputError, match=r"0\.png .*\(10 x 8 pixels, at most 79 in all\)"):
+        data.load_test("imagefolder", tmp_path)
+
+
 def test_image_folder_without_images_or_with_other_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no train images; expected train/CLASS"):
         data.load("imagefolder", tmp_path)
@@ -1019,5 +1045,6 @@ def test_check_of_every_kind_of_set(tmp_path: Path, final_signs: Signs) -> None:
     assert code == 2 and "mine.npz" in err
     code, _, err = run("signs")
     assert code == 2 and "'signs' is unknown" in err
+    assert "train images" in str(check("gtsrb", tmp_path / "train")["problem"]), "the first one"
     code, _, err = run("cifar10")
     assert code == 2 and data.ROOT_VARIABLE in err

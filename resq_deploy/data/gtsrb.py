@@ -197,12 +197,13 @@ def load(root: Path, split: Split, size: int | None = None, *, roi: bool = False
     """
     tree, part, rows = _parts(root, split)
     images = {name for name in tree.names if name.endswith(".ppm")}
-    missing = [row.file for row in rows if row.file not in images]
-    if missing or not len(rows) == len(images) == part.n_images:
+    labelled = {row.file for row in rows}
+    missing = sorted(labelled - images)
+    if missing or not len(rows) == len(labelled) == len(images) == part.n_images:
         lost = f"; {missing[0]} is missing" if missing else ""
         raise InputError(
-            f"{tree.where} holds {len(images)} images and labels of {len(rows)}; the published set "
-            f"has {part.n_images}{lost}: unpack {part.archive} again"
+            f"{tree.where} holds {len(images)} images and labels of {len(labelled)}; the published "
+            f"set has {part.n_images}{lost}: unpack {part.archive} again"
         )
     x = np.empty((len(rows), 3, size or SIZE, size or SIZE), np.uint8)
     for i, row in enumerate(rows):
