@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -137,32 +138,46 @@ def versions() -> dict[str, str]:
     }
 
 
-def _options(threads: int, level: str, precise: bool) -> ort.SessionOptions:
+@cache
+def saturates() -> bool:
+    """Does this CPU need session.x64quantprecision (`cpu_features`)?"""
+    return bool(cpu_features()["x64quantprecision"])
+
+
+def build(
+    model: bytes,
+    *,
+    threads: int = 1,
+    level: str = "all",
+    precise: bool | None = None,
+    optimized_to: Path | None = None,
+) -> ort.InferenceSession:
+    """A CPU session of serialized model bytes with any number of inputs.
+
+    `level` is a key of LEVELS. `precise` sets session.x64quantprecision (default: where
+    `cpu_features` asks for it). `optimized_to`: write the graph that will run there. Refused
+    when onnxruntime does not load the model.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # errors come as exceptions; standard error is ours
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS[level]
-    if precise:
+    if saturates() if precise is None else precise:
         options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
+    if optimized_to is not None:
+        options.optimized_model_filepath = str(optimized_to)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise Refused(f"onnxruntime cannot load the model: {_one_line(error)}") from None
 
 
 def session(
     model: bytes, *, threads: int = 1, level: str = "all", precise: bool | None = None
 ) -> ort.InferenceSession:
-    """A CPU session of serialized model bytes.
-
-    `level` is a key of LEVELS. `precise` sets session.x64quantprecision (default: where
-    `cpu_features` asks for it). Refused when onnxruntime does not load the model.
-    """
-    if precise is None:
-        precise = bool(cpu_features()["x64quantprecision"])
-    options = _options(threads, level, precise)
-    try:
-        built = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise Refused(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+    """A session of a classifier: `build`, and InputError unless it has exactly one input."""
+    built = build(model, threads=threads, level=level, precise=precise)
     if len(built.get_inputs()) != 1:
         names = ", ".join(i.name for i in built.get_inputs())
         raise InputError(f"the model has the inputs {names}; a classifier with one input expected")
@@ -177,12 +192,7 @@ def kernels(model: bytes) -> dict[str, int]:
     """Number of nodes of each type in the graph that onnxruntime really runs, most first."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "optimized.onnx"
-        options = _options(1, "all", False)
-        options.optimized_model_filepath = str(file)
-        try:
-            ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # as in `session`
-            raise Refused(f"onnxruntime cannot load the model: {_one_line(error)}") from None
+        build(model, optimized_to=file)
         optimized = onnx.load(file)
     return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
 

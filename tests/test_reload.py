@@ -99,7 +99,9 @@ def test_no_flips_give_the_golden_run_and_a_pattern_leaves_no_trace() -> None:
     engine = Reload(found.model, found.space, data.x)
     before = found.model.SerializeToString()
     assert not metrics.changed(golden, engine.run({})).any()
-    assert metrics.changed(golden, engine.run(Memory.of(found).read(np.arange(found.space.n_bits)))).any()
+    assert metrics.changed(
+        golden, engine.run(Memory.of(found).read(np.arange(found.space.n_bits)))
+    ).any()
     assert found.model.SerializeToString() == before
 
 
@@ -191,7 +193,7 @@ def test_the_precise_mode_is_understood_by_onnxruntime() -> None:
     raw, x = models.quantized("qdq-channel"), models.data().x
     outputs = [runtime.run(runtime.session(raw, precise=p), x) for p in (False, True)]
     assert outputs[0].shape == outputs[1].shape
-    options = runtime._options(1, "all", True)
+    options = runtime.build(models.quantized("qdq-channel"), precise=True).get_session_options()
     assert options.get_session_config_entry("session.x64quantprecision") == "1"
 
 

@@ -1,0 +1,595 @@
+"""The fast engine: never recompute what a fault cannot reach, and change no bit of the result.
+
+The network runs once without faults, and its values between the kernels are kept. A fault then
+runs only the units behind it (`inject.graph`), only on the images whose values really changed, and
+where a unit is an integer layer only the sums that changed (`inject.kernels`). What cannot be done
+that way is done by the reload engine, which is the definition; `Network.reloaded` says what and
+why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from resq_deploy import runtime
+from resq_deploy.errors import InputError
+from resq_deploy.inject import graph, kernels, layers, memory
+from resq_deploy.inject.graph import Cut, Runner
+from resq_deploy.inject.layers import Layer
+from resq_deploy.inject.memory import Change
+from resq_deploy.inject.reload import Reload
+from resq_deploy.inject.space import Discovery
+
+Array = NDArray[Any]
+Images = NDArray[np.int64]
+
+IN_PLACE = ("weight", "bias")
+"""Targets whose values do not steer how onnxruntime optimizes a graph. The others (scales, zero
+points) do, so that a graph optimized without the fault is no longer the one that runs."""
+
+FEW = 32
+"""Changed elements up to which a layer is updated tap by tap; more and the layer runs densely."""
+
+POSITION_NS, CODE_NS, RATE = 40.0, 0.7, 28.0
+"""Cost of the kernel `changed_inputs` on one machine: nanoseconds per output position and per code
+of it, multiplications per nanosecond. They choose between two ways to the same result."""
+
+MANY, WHOLE = 8, 0.7
+"""More changed elements than this, with more than this part of the network behind the first one:
+the network is run as a whole."""
+
+CALIBRATION = 50
+"""Images with which the dense way is timed."""
+
+NO_TAPS = np.empty((0, 4), np.int64)
+NO_DELTA = np.empty(0, np.int64)
+
+ELEMENTWISE = {
+    "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearLeakyRelu", "DequantizeLinear",
+    "QuantizeLinear", "Add", "Sub", "Mul", "Relu", "Clip", "Sigmoid", "LeakyRelu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """New rows of a kept value for some images."""
+
+    images: Images
+    """(K,), in any order."""
+    data: Array
+    """(K, rows, ...)"""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What is kept of the golden run of some images; arrays may be shared between processes."""
+
+    n: int
+    """Images; more than were given where a fixed batch had to be filled up."""
+    output: Array
+    """(N, ...) what the model answers."""
+    values: Mapping[str, Array]
+    """(N, rows, ...) of the values that a fault can change or that are read beside them."""
+    sums: Mapping[int, NDArray[np.int32]]
+    """(N, P, Q, O) accumulators of the integer layers, by unit."""
+
+
+@dataclass(eq=False)
+class Output:
+    """Where the new rows of a value are written."""
+
+    found: Images
+    """Images of the rows written so far."""
+    rows: NDArray[np.uint8]
+    """(at least as many, bytes)"""
+    n: int = 0
+    """Rows written so far."""
+
+
+Allocate = Callable[[tuple[int, ...], Any], Array]
+
+
+class Network:
+    """A model prepared for fast faults: its units, layers and tables, but no images."""
+
+    def __init__(self, found: Discovery, x: Array, *, precise: bool | None = None) -> None:
+        """`found` from `space.discover`; `x` images as the data set has them, some of which run."""
+        self._found = found
+        self._precise = precise
+        self._model = found.model.SerializeToString()
+        session = runtime.session(self._model, precise=precise)
+        fixed = session.get_inputs()[0].shape[0]
+        self.group: int | None = fixed if isinstance(fixed, int) else None
+        """Images that only run together, as in a plain run; None when any images may."""
+        self.cut: Cut | None = None
+        self.why = ""
+        """Why the whole model is reloaded; empty when it is not."""
+        self._session = session
+        self.layers: dict[int, Layer] = {}
+        self.tables: dict[int, NDArray[np.uint8]] = {}
+        self.limits: dict[int, int] = {}
+        self._types = {tensor.name: tensor for tensor in found.space.tensors}
+        x = runtime.adapt(x, session)
+        if runtime.saturates() if precise is None else precise:
+            self.why = (
+                "x86 CPU without VNNI: onnxruntime converts weights depending on their values"
+            )
+            return
+        try:
+            self.cut = graph.cut(self._model, x, fixed=self.group)
+        except InputError as error:
+            self.why = str(error)
+            return
+        self.runner = Runner(self.cut, precise=precise)
+        self._in_place = self._find_in_place()
+        self._reach()
+        self._probe(x)
+
+    @property
+    def reloaded(self) -> dict[str, str]:
+        """Tensors whose faults go to the reload engine, and why."""
+        if self.why:
+            return dict.fromkeys(self._types, self.why)
+        return {
+            name: "scales and zero points steer how onnxruntime optimizes the graph"
+            if tensor.target not in IN_PLACE
+            else "onnxruntime stores it in another form in the optimized graph"
+            for name, tensor in self._types.items()
+            if name not in self._in_place
+        }
+
+    def _find_in_place(self) -> set[str]:
+        """Tensors that the optimized graph holds as the file does."""
+        assert self.cut is not None
+        stored = {proto.name: proto for proto in self._found.model.graph.initializer}
+        same = set()
+        for name, tensor in self._types.items():
+            mine, theirs = stored[name], self.cut.initializers.get(name)
+            if theirs is None or tensor.target not in IN_PLACE:
+                continue
+            if (mine.data_type, list(mine.dims)) != (theirs.data_type, list(theirs.dims)):
+                continue
+            # int4 numbers are packed in raw_data on both sides
+            if theirs.raw_data == mine.raw_data:
+                same.add(name)
+        return same
+
+    def _reach(self) -> None:
+        """Find the units that a fault can reach, and the values that must be kept for them."""
+        assert self.cut is not None
+        reached: set[str] = set()
+        self.active: list[int] = []
+        wanted: set[str] = set()
+        for index, unit in enumerate(self.cut.units):
+            if unit.initializers & self._in_place or reached & set(unit.inputs):
+                reached.update(unit.outputs)
+                wanted.update(unit.inputs, unit.outputs)
+                self.active.append(index)
+        self.kept_values = [name for name in self.cut.values if name in wanted]
+        self.last_use = {
+            name: max(users) for name, users in self.cut.consumers.items() if name in wanted
+        }
+
+    def _probe(self, x: Array) -> None:
+        """Run some images every way that will be used: what is not exactly equal is not used."""
+        assert self.cut is not None
+        n = max(self.group or 0, CALIBRATION)
+        sample = self.keep(np.resize(x, (n, *x.shape[1:])))
+        if self.why:
+            return
+        if self.group is None and any(
+            n.op_type.startswith("DynamicQuantize") for u in self.cut.units for n in u.nodes
+        ):
+            self.group = runtime.CHUNK
+        if self.group is None and not self._any_images(sample):
+            self.group = runtime.CHUNK
+        if self.group is not None and not self._whole_groups(sample):
+            self.why = "its kernels do not repeat bit for bit when run one by one"
+            return
+        self._seconds = {index: self._time(index, sample) for index in self.active}
+        for index in self.active:
+            if index in self.layers:
+                self.limits[index] = self._limit(index)
+            elif (table := self._table(index)) is not None:
+                if self._table_holds(index, table, sample):
+                    self.tables[index] = table
+
+    def _any_images(self, sample: Kept) -> bool:
+        """Does every unit give the kept rows again for a few images in any company?"""
+        some: list[list[int]] = [[3], [7, 1, 4], [0, 2, 5, 6, 8, 9, 11], [*range(12, 29)]]
+        return all(
+            self._repeats(index, sample, np.array(images, np.int64))
+            for index in self.active
+            for images in some
+        )
+
+    def _whole_groups(self, sample: Kept) -> bool:
+        assert self.group is not None
+        images = np.arange(self.group)
+        return all(self._repeats(index, sample, images) for index in self.active)
+
+    def _repeats(self, index: int, kept: Kept, images: Images) -> bool:
+        assert self.cut is not None
+        unit = self.cut.units[index]
+        feeds = [kept.values[name][images] for name in unit.inputs]
+        outputs = self.runner.run(self.runner.session(index), index, feeds)
+        return all(
+            output.tobytes() == kept.values[name][images].tobytes()
+            for name, output in zip(unit.outputs, outputs, strict=True)
+        )
+
+    def _time(self, index: int, sample: Kept) -> float:
+        """Seconds that a unit takes for one image."""
+        assert self.cut is not None
+        n = self.group or CALIBRATION
+        feeds = [sample.values[name][:n] for name in self.cut.units[index].inputs]
+        session, seconds = self.runner.session(index), []
+        for _ in range(4):
+            start = time.perf_counter()
+            self.runner.run(session, index, feeds)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds) / n
+
+    def share_behind(self, names: Iterable[str]) -> float:
+        """The part of the run time of the network behind the first unit that reads `names`."""
+        assert self.cut is not None
+        hit = {i for i in self.active if self.cut.units[i].initializers & set(names)}
+        behind = sum(self._seconds[i] for i in self.active if i >= min(hit))
+        return behind / sum(self._seconds.values())
+
+    def _limit(self, index: int) -> int:
+        """Changed input codes of an image up to which updating a layer beats running it."""
+        if self.group is not None:
+            return 0
+        layer, dense = self.layers[index], 1e9 * self._seconds[index]
+        g = layer.geometry
+        positions, out = int(np.prod(layer.y_shape[:2])), layer.y_shape[2]
+        position = POSITION_NS + CODE_NS * out
+        reach = g.kernel_h * g.kernel_w / (g.stride_h * g.stride_w)
+        code = reach * out / g.groups / (RATE if g.groups == 1 else 1.0)
+        everywhere = (dense - positions * position) / code
+        apart = dense / (reach * position + code)
+        return int(min(max(everywhere, apart), np.prod(layer.x_shape)))
+
+    def _table(self, index: int) -> NDArray[np.uint8] | None:
+        """What an elementwise unit makes of every pair of codes; None for other units."""
+        assert self.cut is not None
+        unit = self.cut.units[index]
+        shapes = {
+            (v.rows, v.tail, v.dtype.itemsize)
+            for v in (self.cut.values[name] for name in (*unit.inputs, *unit.outputs))
+        }
+        scalars = all(
+            np.prod(self.cut.initializers[name].dims, dtype=np.int64) == 1
+            for name in unit.initializers
+        )
+        if len(shapes) != 1 or len(unit.outputs) != 1 or not 1 <= len(unit.inputs) <= 2:
+            return None
+        rows, tail, size = shapes.pop()
+        if size != 1 or not scalars or not all(n.op_type in ELEMENTWISE for n in unit.nodes):
+            return None
+        pairs = np.arange(2**16)
+        each = rows * int(np.prod(tail, dtype=np.int64))
+        n = -(-pairs.size // each)
+        if self.group is not None:
+            n = -(-n // self.group) * self.group
+        codes = np.resize(pairs, n * each)
+        feeds = [
+            (codes >> shift & 255).astype(np.uint8).view(self.cut.values[name].dtype)
+            .reshape(n, rows, *tail)
+            for name, shift in zip(unit.inputs, (8, 0), strict=False)
+        ]  # fmt: skip
+        session, outputs = self.runner.session(index), []
+        for start in range(0, n, step := self.group or n):
+            part = [feed[start : start + step] for feed in feeds]
+            outputs.append(self.runner.run(session, index, part)[0])
+        return np.concatenate(outputs).view(np.uint8).reshape(-1)[: 2**16].copy()
+
+    def _table_holds(self, index: int, table: NDArray[np.uint8], sample: Kept) -> bool:
+        assert self.cut is not None
+        unit = self.cut.units[index]
+        codes = [sample.values[name].view(np.uint8).astype(np.int64) for name in unit.inputs]
+        found = table[codes[0] << 8 | codes[-1]]
+        return bool((found == sample.values[unit.outputs[0]].view(np.uint8)).all())
+
+    def bytes_per_image(self) -> int:
+        """Memory that `keep` needs for one image."""
+        if self.cut is None:
+            return int(np.prod(self._session.get_inputs()[0].shape[1:], dtype=np.int64)) * 4
+        values = sum(self.cut.values[name].bytes_per_image for name in self.kept_values)
+        return values + sum(layer.acc_bytes for layer in self.layers.values())
+
+    def keep(self, x: Array, allocate: Allocate = np.empty) -> Kept:
+        """The golden run of images (N, ...) as the data set has them.
+
+        `allocate(shape, dtype)` makes the arrays that are kept.
+        """
+        x = runtime.adapt(x, self._session)
+        output = runtime.run(self._session, x)
+        if self.cut is None or self.why:
+            return Kept(n=len(x), output=output, values={}, sums={})
+        if self.group:
+            short = -len(x) % self.group if len(x) % self.group and self._fixed else 0
+            x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
+        c = self.cut
+        names = [name for name in self.kept_values if name != c.input]
+        values = {
+            name: allocate(
+                (len(x), c.values[name].rows, *c.values[name].tail), c.values[name].dtype
+            )
+            for name in self.kept_values
+        }
+        if c.input in values:
+            values[c.input][:] = x[:, None]
+        session = runtime.build(c.whole_model(names), level="off", precise=self._precise)
+        for start in range(0, len(x), step := self.group or runtime.CHUNK):
+            part = x[start : start + step]
+            outputs = session.run(names, {c.input: part})
+            for name, rows in zip(names, outputs, strict=True):
+                values[name][start : start + step] = rows.reshape(
+                    len(part), *values[name].shape[1:]
+                )
+        if values[c.output][: len(output)].tobytes() != output.tobytes():
+            self.why = "the optimized graph, stored and loaded again, answers otherwise"
+            return Kept(n=len(x), output=output, values={}, sums={})
+        return Kept(n=len(x), output=output, values=values, sums=self._sums(values, allocate))
+
+    @property
+    def _fixed(self) -> bool:
+        return isinstance(self._session.get_inputs()[0].shape[0], int)
+
+    def _sums(self, values: Mapping[str, Array], allocate: Allocate) -> dict[int, Array]:
+        """Accumulators of every layer for which our requantizing gives the kept output."""
+        assert self.cut is not None
+        sums: dict[int, Array] = {}
+        for index in self.active:
+            unit = self.cut.units[index]
+            layer = self.layers.get(index) or layers.recognize(unit, self.cut)
+            if layer is None:
+                continue
+            x = layer.x(values[unit.inputs[0]])
+            acc = layer.accumulators(x, allocate((len(x), *layer.y_shape), np.int32))
+            if layer.reproduces(acc, layer.y(values[unit.outputs[0]])):
+                sums[index] = acc
+                self.layers[index] = layer
+        return sums
+
+    def in_place(self, change: Change) -> bool:
+        """Can this change be made in the optimized graph?"""
+        return not self.why and change.keys() <= self._in_place
+
+    def reload(self, x: Array) -> Reload:
+        """The reload engine for images (N, ...) as the data set has them."""
+        return Reload(self._found.model, self._found.space, x, precise=self._precise)
+
+    def whole(self, change: Change, x: Array) -> Array:
+        """Output (N, ...) of the whole optimized graph, already optimized, under a change."""
+        assert self.cut is not None
+        model = self.cut.whole_model([self.cut.output], self.faulty(change))
+        session = runtime.build(model, level="off", precise=self._precise)
+        return runtime.run(session, runtime.adapt(x, self._session))
+
+    def faulty(self, change: Change) -> dict[str, onnx.TensorProto]:
+        """The initializers of the optimized graph with changed elements."""
+        assert self.cut is not None
+        changed = {}
+        for name, (offsets, values) in change.items():
+            changed[name] = onnx.TensorProto()
+            changed[name].CopyFrom(self.cut.initializers[name])
+            memory.write(changed[name], self._types[name].dtype, offsets, values)
+        return changed
+
+
+class Fast:
+    """Outputs of a prepared model under changes, for the images of one golden run."""
+
+    def __init__(self, network: Network, kept: Kept, x: Array) -> None:
+        """`x` are the images of `kept`, as the data set has them."""
+        self._network = network
+        self._kept = kept
+        self._x = x
+        self._all = np.arange(kept.n)
+        self._bytes = {name: _bytes(value) for name, value in kept.values.items()}
+        self._scratch: dict[str, NDArray[np.uint8]] = {}
+
+    def run(self, change: Change) -> Array:
+        """First output (N, ...) where the elements of `change` are read with other values."""
+        images, rows = self.changed(change)
+        output = self._kept.output.copy()
+        output[images] = rows
+        return output
+
+    def changed(self, change: Change) -> tuple[Images, Array]:
+        """Numbers of the images whose output may differ from the golden one, and their outputs.
+
+        Refused when onnxruntime does not load or run the file with this change.
+        """
+        output, network = self._kept.output, self._network
+        if not network.in_place(change):
+            return np.arange(len(output)), network.reload(self._x).run(change)
+        if not change:
+            return np.empty(0, np.int64), output[:0]
+        n_elements = sum(len(offsets) for offsets, _ in change.values())
+        if n_elements > MANY and network.share_behind(change) > WHOLE:
+            return np.arange(len(output)), network.whole(change, self._x)
+        rows = self._propagate(change)
+        if rows is None:
+            return np.empty(0, np.int64), output[:0]
+        real = rows.images < len(output)  # the others only fill up a fixed batch
+        answers = rows.data.view(output.dtype).reshape(len(rows.images), *output.shape[1:])
+        return rows.images[real], answers[real]
+
+    def _propagate(self, change: Change) -> Rows | None:
+        """Run the units behind a change in their order, each on the images that changed so far."""
+        network = self._network
+        assert network.cut is not None
+        changed: dict[str, Rows] = {}
+        for index in network.active:
+            unit = network.cut.units[index]
+            faulty = {name: change[name] for name in change.keys() & unit.initializers}
+            inputs = {name: changed[name] for name in unit.inputs if name in changed}
+            if not faulty and not inputs:
+                continue
+            for name, rows in self._unit(index, inputs, faulty).items():
+                if len(rows.images):
+                    changed[name] = rows
+            for name in unit.inputs:
+                if network.last_use[name] == index:
+                    changed.pop(name, None)
+        return changed.get(network.cut.output)
+
+    def _unit(self, index: int, inputs: dict[str, Rows], faulty: Change) -> dict[str, Rows]:
+        """The outputs of one unit that change, given its changed inputs and initializers."""
+        network = self._network
+        assert network.cut is not None
+        unit = network.cut.units[index]
+        layer = network.layers.get(index) if index in self._kept.sums else None
+        n_taps = sum(len(offsets) for offsets, _ in faulty.values())
+        images = self._all if faulty else self._union(inputs)
+        outputs = {name: self._output(name, len(images)) for name in unit.outputs}
+        if layer and network.group is None and faulty.keys() <= {layer.weight} and n_taps <= FEW:
+            self._layer(index, layer, inputs, faulty, outputs[unit.outputs[0]])
+        elif index in network.tables and not faulty:
+            self._elementwise(index, inputs, images, outputs[unit.outputs[0]])
+        else:
+            self._dense(index, inputs, faulty, images, outputs)
+        return {name: self._made(name, output) for name, output in outputs.items()}
+
+    def _union(self, inputs: Mapping[str, Rows]) -> Images:
+        """Images of any changed input; whole groups where images only run together."""
+        parts, group = [rows.images for rows in inputs.values()], self._network.group
+        if group is None and len(parts) == 1:
+            return parts[0]
+        images = np.unique(np.concatenate(parts))
+        if group is None:
+            return images
+        first = np.unique(images // group) * group
+        whole = (first[:, None] + np.arange(group)).reshape(-1)
+        return whole[whole < self._kept.n]
+
+    def _output(self, name: str, n: int) -> Output:
+        """Room for n rows of a value; every trial uses the same."""
+        room = self._scratch.get(name)
+        if room is None or len(room) < n:
+            size = min(self._kept.n, max(n, 0 if room is None else 2 * len(room)))
+            room = self._scratch[name] = np.empty((size, self._bytes[name].shape[1]), np.uint8)
+        return Output(found=np.empty(n, np.int64), rows=room)
+
+    def _made(self, name: str, output: Output) -> Rows:
+        value = self._kept.values[name]
+        data = output.rows[: output.n].view(value.dtype)
+        return Rows(output.found[: output.n], data.reshape(output.n, *value.shape[1:]))
+
+    def _dense(
+        self, index: int, inputs: Mapping[str, Rows], faulty: Change, images: Images,
+        outputs: Mapping[str, Output],
+    ) -> None:  # fmt: skip
+        """Run a unit on some images with onnxruntime; what comes out unchanged is dropped."""
+        network = self._network
+        assert network.cut is not None
+        unit = network.cut.units[index]
+        session = network.runner.session(index, network.faulty(faulty))
+        slots = {name: self._slot(rows) for name, rows in inputs.items()}
+        for start in range(0, len(images), step := network.group or runtime.CHUNK):
+            part = images[start : start + step]
+            feeds = [self._rows(name, part, inputs, slots) for name in unit.inputs]
+            results = network.runner.run(session, index, feeds)
+            for name, new in zip(unit.outputs, results, strict=True):
+                rows, differs = _bytes(new), np.empty(len(part), np.bool_)
+                kernels.differing(self._bytes[name], part, rows, differs)
+                output, k = outputs[name], int(differs.sum())
+                output.rows[output.n : output.n + k] = rows if k == len(part) else rows[differs]
+                output.found[output.n : output.n + k] = part[differs]
+                output.n += k
+
+    def _slot(self, rows: Rows) -> Images:
+        """(N,) for every image its row in `rows`, or -1."""
+        slot = np.full(self._kept.n, -1)
+        slot[rows.images] = np.arange(len(rows.images))
+        return slot
+
+    def _rows(
+        self, name: str, images: Images, inputs: Mapping[str, Rows], slots: Mapping[str, Images]
+    ) -> Array:
+        """The value as some images have it: new rows where there are any, else the kept ones."""
+        if name not in inputs:
+            return np.asarray(self._kept.values[name][images])
+        at = slots[name][images]
+        if (at >= 0).all():
+            return np.asarray(inputs[name].data[at])
+        data = self._kept.values[name][images]
+        data[at >= 0] = inputs[name].data[at[at >= 0]]
+        return np.asarray(data)
+
+    def _elementwise(
+        self, index: int, inputs: Mapping[str, Rows], images: Images, output: Output
+    ) -> None:
+        """Look changed codes up in the table of an elementwise unit."""
+        network = self._network
+        assert network.cut is not None
+        unit = network.cut.units[index]
+        sides = []
+        for name in (unit.inputs[0], unit.inputs[-1]):
+            kept = self._bytes[name]
+            if name in inputs:
+                new = inputs[name].data.view(np.uint8).reshape(-1, kept.shape[1])
+                sides += [kept, new, self._slot(inputs[name])[images]]
+            else:
+                sides += [kept, kept[:0], np.full(len(images), -1)]
+        y = self._bytes[unit.outputs[0]]
+        output.n = kernels.elementwise(
+            *sides, network.tables[index], y, images, output.rows, output.found
+        )
+
+    def _layer(
+        self, index: int, layer: Layer, inputs: dict[str, Rows], faulty: Change, output: Output
+    ) -> None:
+        """Update an integer layer from its kept sums; images that changed too much run densely."""
+        network = self._network
+        assert network.cut is not None
+        unit = network.cut.units[index]
+        (source,), (name,) = unit.inputs, unit.outputs
+        taps, delta = self._taps(layer, faulty)
+        x, y = layer.x(self._kept.values[source]), layer.y(self._kept.values[name])
+        acc, g = self._kept.sums[index], layer.geometry
+        out = output.rows.reshape(-1, *layer.y_shape)
+        rows = inputs.get(source)
+        if faulty:
+            others = self._all if rows is None else np.delete(self._all, rows.images)
+            output.n = kernels.faulty_weights(
+                others, x, acc, y, layer.scale, g, taps, delta, out, output.found
+            )
+        if rows is None:
+            return
+        weights = layer.patched(taps, delta) if faulty else layer.weights
+        dense = np.empty(len(rows.images), np.int64)
+        n, n_dense = kernels.changed_inputs(
+            layer.x(rows.data), rows.images, x, acc, y, weights, layer.scale, g, taps, delta,
+            network.limits[index], out[output.n :], output.found[output.n :], dense,
+        )  # fmt: skip
+        output.n += n
+        if n_dense:
+            images = rows.images[dense[:n_dense]]
+            self._dense(index, inputs, faulty, images, {name: output})
+
+    def _taps(self, layer: Layer, faulty: Change) -> tuple[Images, Images]:
+        """Changed weights of a layer as `kernels` takes them."""
+        if not faulty:
+            return NO_TAPS, NO_DELTA
+        offsets, values = faulty[layer.weight]
+        taps = layer.taps(offsets)
+        order = np.argsort(taps[:, 0], kind="stable")
+        delta = values.astype(np.int64) - layer.codes.reshape(-1)[offsets].astype(np.int64)
+        return np.ascontiguousarray(taps[order]), delta[order]
+
+
+def _bytes(value: Array) -> NDArray[np.uint8]:
+    """(N, ...) as (N, bytes)."""
+    return np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8)
