@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import tarfile
 import zipfile
 from pathlib import Path
@@ -941,6 +942,15 @@ def test_image_folder_makes_every_image_rgb(tmp_path: Path) -> None:
     png(tmp_path / "test/cat/1.png", np.full((8, 10, 4), (1, 2, 3, 9), np.uint8))
     test = data.load_test("imagefolder", tmp_path)
     assert (test.x[0] == 7).all() and test.x[1, :, 0, 0].tolist() == [1, 2, 3]
+
+
+def test_without_pillow_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r'pip install "resq-deploy\[train\]"'):
+        data.load_test("imagefolder", tmp_path)
 
 
 def test_image_folder_sizes_must_agree_or_be_given(tmp_path: Path) -> None:
