@@ -944,9 +944,7 @@ def test_image_folder_makes_every_image_rgb(tmp_path: Path) -> None:
     assert (test.x[0] == 7).all() and test.x[1, :, 0, 0].tolist() == [1, 2, 3]
 
 
-def test_without_pillow_the_extra_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pillow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_folder(tmp_path)
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(InputError, match=r'pip install "resq-deploy\[train\]"'):
