@@ -60,7 +60,15 @@ class Data(_Section):
 class Model(_Section):
     """Which network."""
 
-    net: str = Field(description="network: resnet8 or resnet20")
+    net: str = Field(
+        description="network: resnet8, resnet20, resnet18, vgg16, mobilenetv2, efficientnet_b0 "
+        "or swin_tiny"
+    )
+    image_size: Literal[32, 224] = Field(
+        32, description="height and width of the images that the network's form is made for"
+    )
+    width: float = Field(1.0, gt=0, description="multiplier of the numbers of channels")
+    weight_bits: Literal[8, 4] = Field(8, description="bits of every weight")
 
 
 class Training(_Section):
@@ -281,7 +289,7 @@ augment = "crop-flip"       # none | crop | crop-flip
 calibration = "cifar10"     # calibration/cifar10.toml
 
 [model]
-net = "resnet8"             # resnet8 | resnet20
+net = "resnet8"             # resnet20 | resnet18 | vgg16 | mobilenetv2 | ...
 
 [float]                     # float pre-training
 epochs = 30

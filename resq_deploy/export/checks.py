@@ -13,10 +13,20 @@ from onnx import numpy_helper
 from resq_deploy import runtime
 from resq_deploy.errors import ExportError
 
-FLOAT_KERNELS = (
-    "Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add",
-    "BatchNormalization",
-)  # fmt: skip
+# What may stand in the graph that onnxruntime runs; everything else is refused by name.
+INTEGER = {
+    "QLinearConv", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
+    "QLinearSoftmax", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearConcat",
+    "QLinearLeakyRelu",
+}  # fmt: skip
+MOVING = {
+    "QuantizeLinear", "DequantizeLinear", "MaxPool", "NhwcMaxPool", "Transpose", "Reshape",
+    "Flatten", "Squeeze", "Unsqueeze", "Gather", "Slice", "Split", "Concat", "Pad", "Identity",
+    "Where", "Relu", "Clip",
+}  # fmt: skip
+"""Operators that convert, move, select or bound elements, whatever their type."""
+FLOAT = {"LayerNormalization", "Softmax", "Gelu", "Sigmoid", "GlobalAveragePool", "ReduceMean"}
+"""Operators that are allowed to compute in float."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +108,10 @@ def structure(model: onnx.ModelProto, weights: dict[str, NDArray[np.int8]]) -> N
 
 
 def integer_kernels(model: bytes) -> dict[str, int]:
-    """Kernels of the graph that onnxruntime runs; ExportError when a float one computes."""
+    """Kernels of the graph that onnxruntime runs; ExportError names every one that is
+    neither integer nor in `MOVING` or `FLOAT`."""
     kernels = runtime.kernels(model)
-    wrong = {op: n for op, n in kernels.items() if op in FLOAT_KERNELS}
+    wrong = {op: n for op, n in kernels.items() if op not in INTEGER | MOVING | FLOAT}
     if wrong:
         named = ", ".join(f"{n} x {op}" for op, n in wrong.items())
         raise ExportError(f"onnxruntime keeps float kernels where integer ones must stand: {named}")

@@ -24,7 +24,8 @@ from resq_deploy.nets.quantized import codes, weight_layers
 
 INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
 MOVES = (
-    "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "MaxPool", "Concat", "Gather",
+    "Concat", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose",
+    "Unsqueeze",
 )  # fmt: skip
 """Operators that hand elements on as they are: they work on the codes."""
 

@@ -51,7 +51,8 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
-    """Write PATH.safetensors and its sidecar; `facts` must hold `net` (arguments of `build`)."""
+    """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
+    arguments of `build`, and `weight_bits` where it is not 8)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
@@ -71,11 +72,13 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if facts.get("sha256") != artifacts.sha256(path):
         raise InputError(f"{path} is not the file that {artifacts.sidecar(path).name} describes")
     try:
-        net = build(**facts["net"])
+        arguments = dict(facts["net"])
+        weight_bits = arguments.pop("weight_bits", 8)
+        net = build(**arguments)
         quantized = facts["quantized"]
     except (KeyError, TypeError):
         raise InputError(f"{artifacts.sidecar(path)} is not the sidecar of a checkpoint") from None
     if quantized:
-        net = quantize(net)
+        net = quantize(net, weight_bits=weight_bits)
     load_state(net, tensors, str(path))
     return net.eval(), facts

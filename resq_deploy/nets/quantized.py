@@ -50,6 +50,15 @@ class UpToSix(Unit):
     scaling_init = 6.0
 
 
+class Weights4(Int8WeightPerChannelFloat):
+    """4-bit weights, codes -7 ... 7, per output channel."""
+
+    bit_width = 4
+
+
+WEIGHTS = {8: Int8WeightPerChannelFloat, 4: Weights4}
+
+
 class Unsigned(Uint8ActPerTensorFloat):
     """uint8 activations. Statistics come from `calibrate`, not from the first 300 steps."""
 
@@ -131,9 +140,9 @@ def _replace(net: nn.Module, name: str, new: nn.Module) -> None:
     setattr(net.get_submodule(parent), leaf, new)
 
 
-def _layer(old: nn.Module) -> nn.Module | None:
+def _layer(old: nn.Module, weight_bits: int) -> nn.Module | None:
     """The Brevitas counterpart of one float module; None where it stays as it is."""
-    weights = {"weight_quant": Int8WeightPerChannelFloat, "bias_quant": Int32Bias}
+    weights = {"weight_quant": WEIGHTS[weight_bits], "bias_quant": Int32Bias}
     if isinstance(old, nn.Conv2d):
         shape: Any = (old.in_channels, old.out_channels, old.kernel_size)
         options: Any = {k: getattr(old, k) for k in ("stride", "padding", "dilation", "groups")}
@@ -156,14 +165,17 @@ def _layer(old: nn.Module) -> nn.Module | None:
     return cast(nn.Module, new)
 
 
-def quantize(net: nn.Module) -> nn.Module:
+def quantize(net: nn.Module, *, weight_bits: int = 8) -> nn.Module:
     """The int8 Brevitas network of a float one (batch norm folded), not yet calibrated.
 
-    Weight names stay those of the float network.
+    Weight names stay those of the float network. `weight_bits` is 8 or 4 (codes -7 ... 7) for
+    every weight; activations stay at 8 bits. InputError for another number of bits.
     """
+    if weight_bits not in WEIGHTS:
+        raise InputError(f"weight_bits must be 8 or 4, got {weight_bits}")
     net = fold(net)
     for name, module in list(net.named_modules()):
-        new = _layer(module)
+        new = _layer(module, weight_bits)
         if new is not None:
             _replace(net, name, new)
     return net
@@ -185,5 +197,8 @@ def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def codes(layer: nn.Module) -> Tensor:
-    """The int8 codes of a layer's weights, in the shape of the weight: what a file stores."""
+    """The int8 codes of a layer's weights, in the shape of the weight: what a file stores.
+
+    4-bit weights too have one code per byte.
+    """
     return cast(Tensor, cast(Any, layer).quant_weight().int()).to(torch.int8)

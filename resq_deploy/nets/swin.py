@@ -56,6 +56,9 @@ class WindowAttention(Foldable):
     (N * windows * window ** 2, c), ordered by windows -> the same shape.
     """
 
+    relative_position_index: Tensor
+    mask: Tensor | None
+
     def __init__(self, c: int, heads: int, side: int, window: int, shift: int) -> None:
         super().__init__()
         self.tokens, self.windows, self.heads = window**2, (side // window) ** 2, heads
@@ -111,6 +114,9 @@ class Block(nn.Module):
     is not shifted.
     """
 
+    order: Tensor
+    inverse: Tensor
+
     def __init__(self, c: int, heads: int, side: int, window: int, *, shifted: bool) -> None:
         super().__init__()
         window = min(window, side)
@@ -142,6 +148,8 @@ class Block(nn.Module):
 
 class PatchMerging(nn.Module):
     """Every 2x2 tokens become one: (N, side * side, c) -> (N, side * side / 4, 2 c)."""
+
+    order: Tensor
 
     def __init__(self, c: int, side: int) -> None:
         super().__init__()
@@ -187,8 +195,8 @@ class SwinTiny(nn.Module):
         self.input = Boundary("unit")
         embedding = {
             "0": nn.Conv2d(in_channels, c, patch, stride=patch),
-            "embedded": Boundary("signed", plain=True), "1": Tokens(c, side**2), "2": nn.LayerNorm(c),
-            "out": Boundary("signed", plain=True),
+            "embedded": Boundary("signed", plain=True), "1": Tokens(c, side**2),
+            "2": nn.LayerNorm(c), "out": Boundary("signed", plain=True),
         }  # fmt: skip
         stacks: list[nn.Module] = [nn.Sequential(OrderedDict(embedding))]
         for i, (depth, heads) in enumerate(zip(DEPTHS, HEADS, strict=True)):

@@ -11,7 +11,7 @@ from resq_deploy import artifacts, data, seeds
 from resq_deploy.data import calibration
 from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
-from resq_deploy.nets import build, checkpoint
+from resq_deploy.nets import build, checkpoint, names
 from resq_deploy.nets.quantized import calibrate, quantize
 from resq_deploy.recipe import Recipe
 from resq_deploy.train.loop import fit, precision
@@ -65,10 +65,13 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Dataset
             "name": recipe.model.net,
             "n_classes": train.n_classes,
             "in_channels": train.x.shape[1],
+            "image_size": recipe.model.image_size,
+            "width": recipe.model.width,
         }
         net = build(**arguments, seed=seeds.integer(recipe.seed, "init"))
+        arguments["weight_bits"] = recipe.model.weight_bits
         if recipe.float.checkpoint is not None:
-            tensors = checkpoint.read_tensors(recipe.float.checkpoint)
+            tensors = names.translate(net, checkpoint.read_tensors(recipe.float.checkpoint))
             checkpoint.load_state(net, tensors, str(recipe.float.checkpoint))
         return net, arguments
     if start is None:
@@ -78,7 +81,7 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Dataset
         expected = "a float" if stage == "baseline" else "an int8"
         raise InputError(f"stage {stage!r} starts from {expected} checkpoint; {start} is another")
     if stage == "baseline":
-        net = quantize(net)
+        net = quantize(net, weight_bits=facts["net"].get("weight_bits", 8))
         calibrate(net, torch.from_numpy(as_float(calibration_images.x)))
     return net, facts["net"]
 
