@@ -20,6 +20,7 @@ from resq_deploy.report import sources, table
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+PARTLY = "\u00b9"
 HEAD = """\
 # Results
 
@@ -36,9 +37,10 @@ def summary(found: dict[str, Any]) -> list[list[str]]:
         "adversarial": lambda row: row["epsilon"] == found["verdict"]["attack"].get("epsilon"),
         "fault": lambda row: row["rate"] == found["verdict"]["fault"].get("rate"),
     }
+    mark = PARTLY if found["notes"].get("data", {}).get("train") else ""
     return [
         [
-            found["name"],
+            found["name"] + mark,
             row["label"],
             table.percent(row["stages"]["baseline"]),
             table.percent(row["stages"]["adjust"]),
@@ -110,6 +112,7 @@ def main(runs: list[Path]) -> None:
         rows += summary(found)
         footers.append(f"onnxruntime {found['versions']['onnxruntime']}, {found['cpu']['name']}")
     page = "\n".join(sections)
+    partly = any(PARTLY in row[0] for row in rows)
     artifacts.write(ROOT / "docs" / "results.md", lambda p: p.write_text(page, encoding="utf-8"))
     headers = ["recipe", "accuracy, %", "int8 baseline", "hardened", "gain, points", "n"]
     block = "\n".join(
@@ -119,6 +122,7 @@ def main(runs: list[Path]) -> None:
             "Exported int8 files in onnxruntime, 95 % intervals; gains are paired on the same",
             "images and fault patterns. Attacks: white-box PGD on the Brevitas twin, replayed on",
             "the file. " + "; ".join(dict.fromkeys(footers)) + ".",
+            *([f"{PARTLY} Trained on part of the training images, see its recipe."] * partly),
             "Every stage, rate and radius, with the commands: [docs/results.md](docs/results.md).",
         ]
     )
