@@ -184,6 +184,21 @@ def _rates(ctx: click.Context, option: click.Parameter, text: str | None) -> tup
         raise click.BadParameter(f"{text!r} given; numbers such as 1e-4,1e-3 expected") from None
 
 
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9} | {
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30,
+}  # fmt: skip
+
+
+def _bytes(ctx: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    if text is None:
+        return None
+    number = text.rstrip("BKMGikmgb ")
+    try:
+        return int(float(number) * UNITS[text[len(number) :].strip().upper()])
+    except (ValueError, KeyError):
+        raise click.BadParameter(f"{text!r} given; a size such as 1GiB or 500MB expected") from None
+
+
 def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int, int]:
     index, _, n_shards = text.partition("/")
     try:
@@ -212,7 +227,16 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @click.option("--sites", type=PATH, help="CSV with Injection,Layer,TensorIndex,Bit.")
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Bit error rates in [0, 1].")
 @click.option("--draws", type=int, help="Patterns per rate. [50]")
-@click.option("--engine", type=click.Choice(["reload"]), default="reload", show_default=True)
+@click.option(
+    "--engine",
+    type=click.Choice(["fast", "reload"]),
+    default="fast",
+    show_default=True,
+    help="reload builds a session for every fault; fast gives the same results.",
+)
+@click.option(
+    "--memory", callback=_bytes, metavar="SIZE", help="For golden data: 1GiB, 500MB. [a third]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Root of all random draws.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
 @click.option(

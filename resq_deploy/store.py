@@ -54,6 +54,8 @@ class Header:
     seed: int
     """Root seed, >= 0."""
     engine: str
+    reloaded: dict[str, str]
+    """Tensors whose faults the fast engine leaves to the reload engine, and why."""
     shard: str
     """`i/n`: the trials with trial % n == i; `0/1` is all of them."""
     golden: Count

@@ -99,7 +99,7 @@ def test_resume_runs_only_what_is_missing(
 ) -> None:
     inject(model, DATA, out=tmp_path / "whole", trials=9)
     whole, ran = trials(tmp_path / "whole"), []
-    original = campaign.Evaluator.trial
+    original = campaign.Evaluator.observe
 
     def interrupted(self: campaign.Evaluator, number: int):
         if len(ran) == 4:
@@ -107,7 +107,7 @@ def test_resume_runs_only_what_is_missing(
         ran.append(number)
         return original(self, number)
 
-    monkeypatch.setattr(campaign.Evaluator, "trial", interrupted)
+    monkeypatch.setattr(campaign.Evaluator, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         inject(model, DATA, out=tmp_path / "s", trials=9)
     assert trials(tmp_path / "s") == whole[:4]
@@ -262,7 +262,7 @@ def test_wrong_sites_are_refused_with_their_line(
         ({"fault": "k:2", "exhaustive": True}, "k:2 goes with --trials or --margin$"),
         ({"fault": "k:2000", "trials": 3}, "2000 flips asked for"),
         ({"margin": 1.5}, "margin"),
-        ({"trials": 3, "engine": "fast"}, "engine 'fast' does not exist"),
+        ({"trials": 3, "engine": "slow"}, "engine 'slow' does not exist"),
         ({"trials": 3, "workers": 0}, "--workers"),
         ({"trials": 3, "seed": -1}, "--seed"),
         ({"trials": 3, "shard": (2, 2)}, "--shard 2/2"),
@@ -326,7 +326,7 @@ def test_faults_that_change_nothing_are_reported(model: Path, tmp_path: Path) ->
 def test_a_golden_run_that_does_not_repeat_is_reported(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(campaign.Evaluator, "golden_repeats", lambda self: False)
+    monkeypatch.setattr(campaign, "_golden_repeats", lambda job, found: False)
     found = inject(model, DATA, out=tmp_path / "s", trials=2)
     assert any("two runs without faults differ" in warning for warning in found["warnings"])
 

@@ -160,7 +160,7 @@ def test_one_line_from_the_real_process_too(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--engine", "fast"], ["--rates", "a,b"], ["--shard", "1"], ["--json", "no/r.json"]],
+    [["--engine", "slow"], ["--rates", "a,b"], ["--shard", "1"], ["--json", "no/r.json"]],
 )
 def test_usage_errors_are_code_2(folder: Path, args: list[str]) -> None:
     assert f"Invalid value for '{args[0]}'" in inject("--trials", "1", *args, code=2)
@@ -190,7 +190,7 @@ def test_ctrl_c_is_one_line_and_code_130(folder: Path, monkeypatch: pytest.Monke
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(campaign.Evaluator, "trial", interrupt)
+    monkeypatch.setattr(campaign.Evaluator, "observe", interrupt)
     assert "interrupted" in inject("--trials", "2", code=130)
 
 

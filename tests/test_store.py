@@ -23,6 +23,7 @@ HEADER = Header(
     plan={"kind": "random", "trials": 5},
     seed=3,
     engine="reload",
+    reloaded={},
     shard="0/1",
     golden=Count(n_correct=9, n_total=10),
     space=[{"name": "w", "dtype": "int8", "shape": [4], "n_bits": 32}],

@@ -16,10 +16,9 @@ from resq_deploy.errors import InputError
 from resq_deploy.inject import campaign, plans, space
 from resq_deploy.inject.compare import compare
 from resq_deploy.inject.memory import Memory
-from resq_deploy.inject.summary import results, write_csv, write_sites
+from resq_deploy.inject.rows import write_csv, write_parquet, write_sites
+from resq_deploy.inject.summary import results
 from resq_deploy.inject.verify import verify
-
-ENGINES = ("reload",)
 
 
 def inject(
@@ -37,7 +36,8 @@ def inject(
     sites: Path | None = None,
     rates: Sequence[float] = (),
     draws: int | None = None,
-    engine: str = "reload",
+    engine: str = "fast",
+    memory: int | None = None,
     seed: int = 0,
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
@@ -51,8 +51,6 @@ def inject(
     `summary.summarize`. KeyboardInterrupt leaves every finished trial in the store; the same
     call with `resume` continues it.
     """
-    if engine not in ENGINES:
-        raise InputError(f"engine {engine!r} does not exist; expected {', '.join(ENGINES)}")
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie in (0, 1), got {confidence}")
     raw = runtime.read_model(model)
@@ -75,6 +73,8 @@ def inject(
         out=out,
         targets=targets,
         protection=protection,
+        engine=engine,
+        memory=memory,
         seed=seed,
         workers=workers,
         shard=shard,
@@ -86,4 +86,4 @@ def inject(
 
 make_callable(__name__, inject)
 
-__all__ = ["ENGINES", "compare", "inject", "results", "verify", "write_csv", "write_sites"]
+__all__ = ["compare", "inject", "results", "verify", "write_csv", "write_sites"]

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from resq_deploy import runtime
+from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError
 from resq_deploy.inject import graph, kernels, layers, memory
 from resq_deploy.inject.graph import Cut, Runner
@@ -44,6 +44,9 @@ of it, multiplications per nanosecond. They choose between two ways to the same 
 MANY, WHOLE = 8, 0.7
 """More changed elements than this, with more than this part of the network behind the first one:
 the network is run as a whole."""
+
+PROOFS = 3
+"""Faults that are compared with the reload engine before the fast one is used on a model."""
 
 CALIBRATION = 50
 """Images with which the dense way is timed."""
@@ -181,7 +184,8 @@ class Network:
         """Run some images every way that will be used: what is not exactly equal is not used."""
         assert self.cut is not None
         n = max(self.group or 0, CALIBRATION)
-        sample = self.keep(np.resize(x, (n, *x.shape[1:])))
+        x = np.resize(x, (n, *x.shape[1:]))
+        sample = self.keep(x)
         if self.why:
             return
         if self.group is None and any(
@@ -200,6 +204,26 @@ class Network:
             elif (table := self._table(index)) is not None:
                 if self._table_holds(index, table, sample):
                     self.tables[index] = table
+        some = sorted(self._in_place)[:: max(1, len(self._in_place) // PROOFS)]
+        if not all(self._agrees(name, sample, x) for name in some):
+            self.why = "a fault gave another output than in a session of its own"
+
+    def _agrees(self, name: str, sample: Kept, x: Array) -> bool:
+        """Does a fault in the middle of a tensor give what the reload engine gives?"""
+        tensor = self._types[name]
+        stored = np.frombuffer(self._found_raw(name), np.uint8)
+        codes = (
+            bits.unpack(stored, tensor.size, tensor.dtype)
+            if tensor.width < 8
+            else stored.view(tensor.dtype)
+        )
+        offset = np.array([tensor.size // 2])
+        change: Change = {name: (offset, codes[offset] ^ codes.dtype.type(1 << 2))}
+        return Fast(self, sample, x).run(change).tobytes() == self.reload(x).run(change).tobytes()
+
+    def _found_raw(self, name: str) -> bytes:
+        stored = {t.name: t.raw_data for t in self._found.model.graph.initializer}
+        return bytes(stored[name])
 
     def _any_images(self, sample: Kept) -> bool:
         """Does every unit give the kept rows again for a few images in any company?"""
@@ -299,12 +323,13 @@ class Network:
         found = table[codes[0] << 8 | codes[-1]]
         return bool((found == sample.values[unit.outputs[0]].view(np.uint8)).all())
 
-    def bytes_per_image(self) -> int:
-        """Memory that `keep` needs for one image."""
-        if self.cut is None:
-            return int(np.prod(self._session.get_inputs()[0].shape[1:], dtype=np.int64)) * 4
+    def bytes_per_image(self, workers: int = 1) -> int:
+        """Memory for one image: what `keep` makes, and what every worker writes changes into."""
+        if self.cut is None or self.why:
+            return 1
         values = sum(self.cut.values[name].bytes_per_image for name in self.kept_values)
-        return values + sum(layer.acc_bytes for layer in self.layers.values())
+        sums = sum(layer.acc_bytes for layer in self.layers.values())
+        return values + sums + workers * values
 
     def keep(self, x: Array, allocate: Allocate = np.empty) -> Kept:
         """The golden run of images (N, ...) as the data set has them.

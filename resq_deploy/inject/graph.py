@@ -92,7 +92,7 @@ class Cut:
             [self._info(name) for name in unit.outputs],
             tensors,
         )
-        return _model(graph, self.model).SerializeToString()
+        return _model(graph, self.model)
 
     def whole_model(
         self, outputs: Iterable[str], changed: Mapping[str, TensorProto] = NOTHING
@@ -106,17 +106,18 @@ class Cut:
             [self._info(name) for name in outputs],
             [changed.get(tensor.name, tensor) for tensor in source.initializer],
         )
-        return _model(graph, self.model).SerializeToString()
+        return _model(graph, self.model)
 
     def _info(self, name: str) -> onnx.ValueInfoProto:
         kind = helper.np_dtype_to_tensor_dtype(self.values[name].dtype)
         return helper.make_tensor_value_info(name, kind, None)
 
 
-def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> onnx.ModelProto:
-    return helper.make_model(
+def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> bytes:
+    model = helper.make_model(
         graph, opset_imports=list(like.opset_import), ir_version=like.ir_version
     )
+    return bytes(model.SerializeToString())
 
 
 def optimized(model: bytes) -> onnx.ModelProto:

@@ -36,7 +36,14 @@ Geometry = namedtuple(
 )
 """One layer in integers. `x_flip`, `y_flip`: 128 for signed codes, else 0."""
 
-_compiled = njit(cache=True, boundscheck=False, error_model="numpy")
+
+def _compiled(function):
+    """Compile when first called; the result is kept on disk where there is a place for it."""
+    options = {"boundscheck": False, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder that can be written
+        return njit(**options)(function)
 
 
 @njit(inline="always", error_model="numpy")

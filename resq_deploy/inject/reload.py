@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -31,6 +32,11 @@ class Reload:
         self._precise = precise
         self._x = x
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+
+    def changed(self, change: Change) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Numbers of the images whose output may differ, all of them, and their outputs."""
+        output = self.run(change)
+        return np.arange(len(output)), output
 
     def run(self, change: Change) -> NDArray[Any]:
         """First output (N, ...) where the elements of `change` are read with other values.

@@ -1,0 +1,97 @@
+"""Golden data in one place that several processes map: nothing is copied."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy.errors import InputError
+from resq_deploy.inject.fast import Kept
+
+Array = NDArray[Any]
+
+ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """One array in a shared file."""
+
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What another process needs to open a golden run; small enough to go with every task."""
+
+    path: str
+    n: int
+    output: Array
+    values: dict[str, Place]
+    sums: dict[int, Place]
+
+    def open(self) -> Kept:
+        """The golden run, mapped read-only."""
+        return Kept(
+            n=self.n,
+            output=self.output,
+            values={name: _map(self.path, place, "r") for name, place in self.values.items()},
+            sums={index: _map(self.path, place, "r") for index, place in self.sums.items()},
+        )
+
+
+class Shared:
+    """Arrays in a file without a name: it is gone when the processes are, however they end."""
+
+    def __init__(self) -> None:
+        self._file = TemporaryFile()
+        self._end = 0
+        self._places: dict[int, Place] = {}
+
+    @property
+    def path(self) -> str:
+        """How this and other processes open the file."""
+        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        """A new array in the file; InputError when the disk has no room for it."""
+        place = Place(offset=self._end, shape=shape, dtype=np.dtype(dtype).str)
+        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        self._end += -(-size // ALIGN) * ALIGN
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, max(self._end, 1))
+        except OSError as error:
+            raise InputError(
+                f"the golden data ({self._end} bytes so far) do not fit into the temporary folder "
+                f"({error.strerror}); give a smaller --memory, --workers 1, or another TMPDIR"
+            ) from None
+        array = _map(self.path, place, "r+")
+        self._places[id(array)] = place
+        return array
+
+    def handle(self, kept: Kept) -> Handle:
+        """The description of a golden run whose arrays were allocated here."""
+        return Handle(
+            path=self.path,
+            n=kept.n,
+            output=kept.output,
+            values={name: self._places[id(array)] for name, array in kept.values.items()},
+            sums={index: self._places[id(array)] for index, array in kept.sums.items()},
+        )
+
+    def close(self) -> None:
+        """Give the room back once no process maps it any more."""
+        self._file.close()
+
+
+def _map(path: str, place: Place, mode: Any) -> Array:
+    if 0 in place.shape:
+        return np.empty(place.shape, place.dtype)
+    return np.memmap(path, place.dtype, mode, place.offset, place.shape)
