@@ -91,6 +91,16 @@ confidence_option = click.option(
     help="Of all intervals.",
 )
 
+interval_option = click.option(
+    "--interval", default="wilson", show_default=True, help="Of rates: wilson or exact."
+)
+raw_fit_option = click.option(
+    "--raw-fit",
+    type=float,
+    metavar="FIT",
+    help="Raw FIT per Mbit of the memory; shows the model's.",
+)
+
 
 def with_data(command: Any) -> Any:
     """Add `--data --images --root`; the command gets them as data, images, root."""
@@ -223,10 +233,15 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @click.option("--trials", type=int, help="Number of random patterns.")
 @click.option("--margin", type=float, help="Sample size from this margin of error, in (0, 1).")
 @confidence_option
+@click.option("--per-layer", is_flag=True, help="With --margin: a sample of every layer.")
+@click.option("--per-layer-bit", is_flag=True, help="With --margin: of every bit of every layer.")
+@click.option("--until-width", type=float, metavar="W", help="Until the interval is so narrow.")
 @click.option("--exhaustive", is_flag=True, help="Every bit once.")
 @click.option("--sites", type=PATH, help="CSV with Injection,Layer,TensorIndex,Bit.")
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Bit error rates in [0, 1].")
-@click.option("--draws", type=int, help="Patterns per rate. [50]")
+@click.option("--draws", type=int, help="Patterns per rate. [50, or up to 1000]")
+@interval_option
+@raw_fit_option
 @click.option(
     "--engine",
     type=click.Choice(["fast", "reload"]),
@@ -267,7 +282,25 @@ def _print_campaign(found: dict[str, Any]) -> None:
     click.echo(f"golden accuracy   {golden['n_correct']}/{golden['n_total']}")
     click.echo(f"trials            {found['n_trials']} of {found['n_planned']}, {found['fault']}")
     click.echo("outcomes          " + ", ".join(f"{n} {name}" for name, n in outcomes.items()))
-    click.echo(f"SDC rate          {percent(found['sdc_rate'], 'value')} (Wilson, {level})")
+    kind = _interval_name(found)
+    click.echo(f"SDC rate          {percent(found['sdc_rate'], 'value')} ({kind}, {level})")
+    if found["sdc5_rate"]["value"]:
+        click.echo(f"SDC-5 rate        {percent(found['sdc5_rate'], 'value')}")
+    if found["fit"]:
+        fit = found["fit"]
+        click.echo(
+            f"FIT               {fit['value']:.4g} [{fit['low']:.4g}, {fit['high']:.4g}] for "
+            f"{fit['mbit']:.4g} Mbit at {fit['raw_fit_per_mbit']:g} FIT/Mbit"
+        )
+    if found["until"] and not found["until"]["reached"]:
+        warn([f"an interval is still wider than {found['until']['width']:g}: give more --draws"])
+    if found["protection"]["name"] != "none":
+        cost = found["protection"]
+        click.echo(
+            f"protection        {cost['name']}: {cost['check_bytes']} check bytes for "
+            f"{cost['data_bytes']} ({100 * cost['overhead']:.1f} %), "
+            f"{cost['hardened_bytes']} hardened"
+        )
     click.echo(
         f"fault accuracy    {percent(accuracy)} (bootstrap over {accuracy['n']} patterns, {level}),"
         f" worst {100 * accuracy['worst']:.2f} %"
@@ -301,6 +334,14 @@ def _print_campaign(found: dict[str, Any]) -> None:
     warn(found["warnings"])
 
 
+def _interval_name(found: dict[str, Any]) -> str:
+    if found["until"] and not found["per_rate"]:
+        return f"Clopper-Pearson, corrected for {len(found['until']['looks'])} looks"
+    if found["plan"]["kind"] == "strata":
+        return "stratified, Wilson"
+    return {"wilson": "Wilson", "exact": "Clopper-Pearson"}[found["interval"]]
+
+
 def _sdc_cell(row: dict[str, Any]) -> str:
     return percent(row["sdc_rate"], "value")
 
@@ -308,14 +349,20 @@ def _sdc_cell(row: dict[str, Any]) -> str:
 @main.command()
 @click.argument("stores", type=PATH, nargs=-1, required=True, metavar="STORE...")
 @confidence_option
+@interval_option
+@raw_fit_option
 @click.option("--csv", "csv_file", type=OUT_PATH, metavar="FILE", help="Write one row per trial.")
-@click.option("--sites", is_flag=True, help="In the CSV, draw the sites of several flips again.")
+@click.option("--parquet", type=OUT_PATH, metavar="FILE", help="Write one row per trial.")
+@click.option("--sites", is_flag=True, help="In the rows, draw the sites of several flips again.")
 @click.option("--sites-csv", type=OUT_PATH, metavar="FILE", help="Write the faults, for --sites.")
 @json_option
 def results(
     stores: tuple[Path, ...],
     confidence: float,
+    interval: Any,
+    raw_fit: float | None,
     csv_file: Path | None,
+    parquet: Path | None,
     sites: bool,
     sites_csv: Path | None,
     json_file: Path | None,
@@ -323,11 +370,13 @@ def results(
     """Show a campaign; several STOREs are shards of one campaign."""
     from resq_deploy import inject as stage
 
-    found = stage.results(stores, confidence=confidence)
+    found = stage.results(stores, confidence=confidence, interval=interval, raw_fit=raw_fit)
     _print_campaign(found)
     emit_json(found, json_file)
     if csv_file is not None:
         stage.write_csv(stores, csv_file, sites=sites)
+    if parquet is not None:
+        stage.write_parquet(stores, parquet, sites=sites)
     if sites_csv is not None:
         stage.write_sites(stores, sites_csv)
 
@@ -357,10 +406,23 @@ def compare(a: Path, b: Path, confidence: float, json_file: Path | None) -> None
     found = stage.compare(a, b, confidence=confidence)
     rows = [["all", found["difference"]], *((f"{r['rate']:g}", r) for r in found["per_rate"])]
     table(
-        [[k, r["n"], f"{r['mean']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]"] for k, r in rows],
-        ["rate", "n", "B - A, percentage points"],
+        [
+            [
+                k,
+                r["n"],
+                f"{r['mean']:+.2f} [{r['low']:+.2f}, {r['high']:+.2f}]",
+                f"{r['p_value']:.2g}",
+            ]
+            for k, r in rows
+        ],
+        ["rate", "n", "B - A, percentage points", "p"],
     )
-    click.echo(f"\nwithout faults: {found['golden_difference']:+.2f} percentage points")
+    sdc = found["sdc"]
+    click.echo(
+        f"\nSDC in A only: {sdc['only_a']} trials, in B only: {sdc['only_b']} "
+        f"(exact McNemar test, p = {sdc['p_value']:.2g})"
+    )
+    click.echo(f"without faults: {found['golden_difference']:+.2f} percentage points")
     warn(found["warnings"])
     emit_json(found, json_file)
 

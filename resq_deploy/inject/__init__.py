@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from resq_deploy import progress, runtime
+from resq_deploy import metrics, progress, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
@@ -17,7 +17,7 @@ from resq_deploy.inject import campaign, plans, space
 from resq_deploy.inject.compare import compare
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.rows import write_csv, write_parquet, write_sites
-from resq_deploy.inject.summary import results
+from resq_deploy.inject.summary import check_options, results
 from resq_deploy.inject.verify import verify
 
 
@@ -32,10 +32,15 @@ def inject(
     trials: int | None = None,
     margin: float | None = None,
     confidence: float = 0.95,
+    per_layer: bool = False,
+    per_layer_bit: bool = False,
     exhaustive: bool = False,
     sites: Path | None = None,
     rates: Sequence[float] = (),
     draws: int | None = None,
+    until_width: float | None = None,
+    interval: metrics.Method = "wilson",
+    raw_fit: float | None = None,
     engine: str = "fast",
     memory: int | None = None,
     seed: int = 0,
@@ -61,11 +66,15 @@ def inject(
         trials=trials,
         margin=margin,
         confidence=confidence,
+        per_layer=per_layer,
+        per_layer_bit=per_layer_bit,
         exhaustive=exhaustive,
         sites=sites,
         rates=rates,
         draws=draws,
+        until_width=until_width,
     )
+    check_options(interval, raw_fit, plan.fault)
     campaign.run(
         raw,
         data,
@@ -81,9 +90,9 @@ def inject(
         resume=resume,
         show=show,
     )
-    return results([out], confidence=confidence)
+    return results([out], confidence=confidence, interval=interval, raw_fit=raw_fit)
 
 
 make_callable(__name__, inject)
 
-__all__ = ["compare", "inject", "results", "verify", "write_csv", "write_sites"]
+__all__ = ["compare", "inject", "results", "verify", "write_csv", "write_parquet", "write_sites"]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from resq_deploy.errors import InputError
 from resq_deploy.inject.faults.adjacent import Adjacent
 from resq_deploy.inject.faults.asymmetric import Asymmetric
-from resq_deploy.inject.faults.base import Fault, Numbered
+from resq_deploy.inject.faults.base import Fault, Numbered, order
 from resq_deploy.inject.faults.ber import BitErrorRate
 from resq_deploy.inject.faults.burst import Burst
 from resq_deploy.inject.faults.byte import RandomByte
@@ -46,4 +46,4 @@ def parse(text: str) -> Fault:
     raise InputError(f"fault model {text!r} is unknown; expected one of {NAMES}")
 
 
-__all__ = ["MODELS", "NAMES", "BitErrorRate", "Fault", "Numbered", "SingleFlip", "parse"]
+__all__ = ["MODELS", "NAMES", "BitErrorRate", "Fault", "Numbered", "SingleFlip", "order", "parse"]

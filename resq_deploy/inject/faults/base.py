@@ -20,6 +20,10 @@ BLOCK = 4096
 """Draws at a time: fixed, so that the sequence does not depend on how many are wanted."""
 
 
+COUNTED = frozenset({"--trials", "--margin", "--until-width"})
+"""Plans of a number of random patterns."""
+
+
 class Fault(ABC):
     """Draws fault patterns; the same arguments always give the same pattern.
 
@@ -28,7 +32,8 @@ class Fault(ABC):
     """
 
     plans: ClassVar[frozenset[str]]
-    """The plans it goes with: `--trials`, `--margin`, `--exhaustive`, `--sites`, `--rates`."""
+    """The plans it goes with: `--trials`, `--margin`, `--until-width`, `--exhaustive`, `--sites`,
+    `--rates`."""
 
     @property
     @abstractmethod
@@ -81,7 +86,7 @@ def order(population: int, seed: int, *name: str | int) -> _Distinct | Flat:
 class Numbered(Fault):
     """A model whose patterns are numbered: drawn without replacement over the campaign."""
 
-    plans = frozenset({"--trials", "--margin", "--exhaustive"})
+    plans = COUNTED | {"--exhaustive"}
 
     @abstractmethod
     def population(self, space: Space) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resq_deploy.inject.faults.base import Fault, run_start, runs
+from resq_deploy.inject.faults.base import COUNTED, Fault, run_start, runs
 from resq_deploy.inject.space import Flat, Space
 from resq_deploy.seeds import stream
 
@@ -21,7 +21,7 @@ class Burst(Fault):
     likely.
     """
 
-    plans = frozenset({"--trials", "--margin"})
+    plans = COUNTED
     n: int
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from resq_deploy.errors import InputError
-from resq_deploy.inject.faults.base import Fault
+from resq_deploy.inject.faults.base import COUNTED, Fault
 from resq_deploy.inject.space import Flat, Space
 from resq_deploy.seeds import stream
 
@@ -17,7 +17,7 @@ from resq_deploy.seeds import stream
 class KFlips(Fault):
     """`k` bits at once, drawn without replacement within a trial."""
 
-    plans = frozenset({"--trials", "--margin"})
+    plans = COUNTED
     k: int
 
     @property
