@@ -132,6 +132,9 @@ class Network:
             return
         self.runner = Runner(self.cut, precise=precise)
         self._in_place = self._find_in_place()
+        if not self._in_place:
+            self.why = next(iter(self.reloaded.values()))
+            return
         self._reach()
         self._probe(x)
 
