@@ -301,6 +301,45 @@ def test_compare_pairs_the_same_faults(model: Path, tmp_path: Path) -> None:
     assert (same["difference"]["low"], same["difference"]["high"]) == (0, 0)
 
 
+def test_compare_tests_pairs_exactly(model: Path, tmp_path: Path) -> None:
+    """Discordant trials and p values against the trials of both stores."""
+    other = tmp_path / "other.onnx"
+    other.write_bytes(models.quantized("qdq-tensor"))
+    a, b = tmp_path / "a", tmp_path / "b"
+    for file, out in ((model, a), (other, b)):
+        inject(file, DATA, out=out, **{**SWEEP, "draws": 12})
+    paired = compare(a, b)
+    hits = [
+        (x.outcome == "sdc", y.outcome == "sdc") for x, y in zip(trials(a), trials(b), strict=True)
+    ]
+    only = hits.count((True, False)), hits.count((False, True))
+    assert (paired["sdc"]["only_a"], paired["sdc"]["only_b"]) == only
+    assert paired["sdc"]["p_value"] == metrics.mcnemar(*only)
+    assert sum(row["sdc"]["only_b"] for row in paired["per_rate"]) == only[1]
+    assert sum(v for k, v in paired["sdc"].items() if k != "p_value") == len(hits) == 24
+    assert 0 < paired["per_rate"][1]["p_value"] <= 1
+    same = compare(a, a)
+    assert same["sdc"]["p_value"] == same["difference"]["p_value"] == 1.0
+
+
+def test_compare_weights_strata(model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.onnx"
+    other.write_bytes(models.quantized("qdq-tensor"))
+    a, b = tmp_path / "a", tmp_path / "b"
+    for file, out in ((model, a), (other, b)):
+        inject(file, DATA, out=out, margin=0.2, per_layer=True)
+    found = [results([path])["fault_accuracy"]["mean"] for path in (a, b)]
+    assert compare(a, b)["difference"]["mean"] == pytest.approx(100 * (found[1] - found[0]))
+
+
+def test_immune_bits_are_compared_on_the_same_faults(model: Path, tmp_path: Path) -> None:
+    for name in ("none", "top:2", "parity"):
+        inject(model, DATA, out=tmp_path / name, protection=name, **SWEEP)
+    assert compare(tmp_path / "none", tmp_path / "top:2")["n_paired"] == 10
+    with pytest.raises(HeaderMismatch, match="space differs"):
+        compare(tmp_path / "none", tmp_path / "parity")
+
+
 @pytest.mark.parametrize(
     "field, change",
     [

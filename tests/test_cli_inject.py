@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -74,6 +75,54 @@ def test_a_sweep_shows_every_rate(folder: Path) -> None:
     assert "rate" in (folder / "r.csv").read_text().splitlines()[0]
 
 
+def test_options_of_faults_protections_and_intervals(folder: Path) -> None:
+    args = ["--target", "weight,bias", "--protect", "top:2", "--raw-fit", "700"]
+    shown = inject("--trials", "20", *args, "--interval", "exact", "--json", "r.json")
+    found = json.loads((folder / "r.json").read_text())
+    assert found["targets"] == ["weight", "bias"]
+    assert "Clopper-Pearson, 95 %" in shown and "FIT/Mbit" in shown
+    assert "protection        top:2: 0 check bytes for 244 (0.0 %), 52 hardened" in shown
+    assert found["outcomes"]["due"] == 0
+    call("results", "s", "--raw-fit", "700", "--interval", "exact", "--json", "again.json")
+    assert json.loads((folder / "again.json").read_text()) == found
+
+
+def test_a_sequential_campaign_says_how_it_ended(folder: Path) -> None:
+    shown = inject("--until-width", "0.4", "--json", "r.json")
+    found = json.loads((folder / "r.json").read_text())
+    assert f"corrected for {len(found['until']['looks'])} looks" in shown
+    assert found["until"]["widths"][0] <= 0.4
+    call("inject", "m.onnx", "--data", "d.npz", "--out", "t", "--fault", "ber", "--rates", "0.05")
+    args = ["--fault", "ber", "--rates", "0.05", "--draws", "3", "--until-width", "0.001"]
+    done = CliRunner().invoke(main, ["inject", "m.onnx", "--data", "d.npz", "--out", "u", *args])
+    assert "still wider than 0.001: give more --draws" in done.stderr
+
+
+def test_parquet_has_the_rows_of_the_csv(folder: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    inject("--fault", "ber", "--rates", "1e-3,1e-2", "--draws", "3")
+    call("results", "s", "--csv", "r.csv", "--parquet", "r.parquet", "--sites")
+    rows = parquet.read_table("r.parquet").to_pylist()
+    for row, text in zip(rows, csv.DictReader((folder / "r.csv").open()), strict=True):
+        assert list(row) == list(text)
+        assert {k: "" if v is None else str(v) for k, v in row.items()} == text
+
+
+def test_parquet_without_pyarrow_names_the_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inject("--trials", "2")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    line = call("results", "s", "--parquet", "r.parquet", code=2)
+    assert 'pip install "resq-deploy[report]"' in line
+
+
+def test_inspect_shows_other_targets(folder: Path) -> None:
+    shown = call("inspect", "m.onnx", "--target", "bias, scale")
+    assert "b1_quantized" in shown and "float32" in shown and "w1_quantized" not in shown
+    assert "expected some of weight" in call("inspect", "m.onnx", "--target", "x", code=2)
+
+
 def test_shards_merge_and_compare(folder: Path) -> None:
     for i in (0, 1):
         args = ["--out", f"s{i}", "--trials", "6", "--shard", f"{i}/2"]
@@ -81,6 +130,7 @@ def test_shards_merge_and_compare(folder: Path) -> None:
     call("merge", "s0", "s1", "--out", "all", "--json", "m.json")
     assert json.loads((folder / "m.json").read_text())["n_trials"] == 6
     shown = call("compare", "all", "all", "--json", "c.json")
+    assert "SDC in A only: 0 trials, in B only: 0 (exact McNemar test, p = 1)" in shown
     assert "+0.00 [+0.00, +0.00]" in shown
     assert json.loads((folder / "c.json").read_text())["n_paired"] == 6
     line = call("compare", "s0", "nothing", code=2)

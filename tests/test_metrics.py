@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
+from resq_deploy import metrics
 from resq_deploy.errors import InputError
 from resq_deploy.metrics import (
     LARGE_SAMPLE,
@@ -194,3 +197,76 @@ def test_large_samples_get_the_t_interval_and_it_agrees_with_the_bootstrap() -> 
     width = small.high - small.low
     assert abs(large.low - small.low) < width / 20
     assert abs(large.high - small.high) < width / 20
+
+
+# --------------------------------------------------------------------------- exact and weighted
+
+
+@pytest.mark.parametrize("k, n", [(0, 20), (3, 20), (20, 20), (1, 1), (77, 1000)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
+def test_exact_intervals_are_quantiles_of_the_beta_distribution(
+    k: int, n: int, confidence: float
+) -> None:
+    """Clopper and Pearson's interval in its other form."""
+    alpha = 1 - confidence
+    low = stats.beta.ppf(alpha / 2, k, n - k + 1) if k else 0.0
+    high = stats.beta.ppf(1 - alpha / 2, k + 1, n - k) if k < n else 1.0
+    found = metrics.rate(k, n, confidence, method="exact")
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert (found.value, found.n, found.confidence) == (k / n, n, confidence)
+
+
+@pytest.mark.parametrize("k, n", [(0, 7), (3, 20), (20, 20), (77, 1000)])
+def test_a_weighted_rate_of_whole_numbers_is_wilsons(k: int, n: int) -> None:
+    ours, scipys = metrics.effective_rate(k / n, n, 0.95, n), metrics.wilson(k, n)
+    assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=1e-12)
+
+
+def test_a_weighted_rate_is_wider_with_fewer_effective_observations() -> None:
+    wide, narrow = (metrics.effective_rate(0.3, n, 0.95, 100) for n in (20.5, 100))
+    assert wide.low < narrow.low < 0.3 < narrow.high < wide.high
+
+
+def test_t_intervals_cover_normal_means() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        found = metrics.t_mean(rng.normal(2.0, 3.0, 5), 0.9)
+        covered += found.low <= 2.0 <= found.high
+    assert stats.binomtest(covered, 1000, 0.9).pvalue > 1e-3
+    assert metrics.t_mean(np.ones(3)).low == 1.0
+    with pytest.raises(InputError, match="at least two"):
+        metrics.t_mean(np.ones(1))
+
+
+@pytest.mark.parametrize("values", [[1, 2, 3], [1, -2, 3, 0, 0], [0.5, 0.5, 0.5, -0.1, 4, 2, 1]])
+def test_the_sign_test_is_exact_for_few_differences(values: list[float]) -> None:
+    """All sign patterns enumerated: the share with a mean at least as far from 0."""
+    signs = itertools.product((-1, 1), repeat=len(values))
+    means = [np.dot(pattern, values) / len(values) for pattern in signs]
+    extreme = sum(abs(m) >= abs(np.mean(values)) - 1e-12 for m in means)
+    assert metrics.sign_test(np.array(values)) == pytest.approx(extreme / len(means))
+
+
+def test_the_sign_test_holds_its_level_and_finds_differences() -> None:
+    rng = np.random.default_rng(1)
+    p = [metrics.sign_test(rng.standard_t(3, 40)) for _ in range(100)]
+    assert stats.binomtest(sum(x < 0.1 for x in p), 100, 0.1).pvalue > 1e-3
+    assert metrics.sign_test(rng.normal(1, 1, 40)) < 1e-3
+    assert metrics.sign_test(np.zeros(5)) == 1.0
+    large = rng.normal(0.03, 1, metrics.LARGE_SAMPLE)
+    assert metrics.sign_test(large) == pytest.approx(stats.ttest_1samp(large, 0).pvalue)
+
+
+@pytest.mark.parametrize("b, c", [(0, 0), (0, 1), (2, 9), (9, 2), (5, 5)])
+def test_mcnemars_test_counts_coin_tosses(b: int, c: int) -> None:
+    """Probability of a split at least as uneven among b + c fair tosses, added up by hand."""
+    n = b + c
+    uneven = sum(math.comb(n, i) for i in range(n + 1) if abs(i - n / 2) >= abs(b - n / 2))
+    assert metrics.mcnemar(b, c) == pytest.approx(uneven / 2**n)
+
+
+def test_outputs_of_no_images() -> None:
+    """What the fast engine has when a fault changes nothing."""
+    none = np.empty((0, 4), np.float32)
+    assert metrics.top1(none).shape == metrics.changed(none, none).shape == (0,)
