@@ -220,7 +220,7 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @main.command()
 @click.argument("model", type=PATH)
 @with_data
-@click.option("--fault", default="single", show_default=True, help="Fault model, see the manual.")
+@click.option("--fault", help="Fault model, see the manual. [single, or ber with --rates]")
 @target_option
 @click.option(
     "--protect",

@@ -249,7 +249,10 @@ def test_wrong_sites_are_refused_with_their_line(
         ({"trials": 3, "margin": 0.1}, "--trials and --margin given"),
         ({"trials": 0}, "--trials 0"),
         ({"trials": 1569}, "1 to 1568"),
-        ({"rates": [0.1]}, "single with --rates given; single goes with --trials or --margin"),
+        (
+            {"fault": "single", "rates": [0.1]},
+            "single with --rates given; single goes with --trials or --margin",
+        ),
         ({"fault": "ber", "trials": 3}, "ber with --trials given; ber goes with --rates$"),
         ({"fault": "0to1", "margin": 0.1}, "0to1 goes with --rates$"),
         (

@@ -69,7 +69,8 @@ def test_inject_prints_and_writes_the_same_campaign(folder: Path) -> None:
 
 
 def test_a_sweep_shows_every_rate(folder: Path) -> None:
-    shown = inject("--fault", "ber", "--rates", "1e-3,1e-2", "--draws", "3")
+    shown = inject("--rates", "1e-3,1e-2", "--draws", "3")  # --fault ber goes without saying
+    assert "6 of 6, ber" in shown
     assert "0.001" in shown and "0.01" in shown
     call("results", "s", "--csv", "r.csv", "--sites")
     assert "rate" in (folder / "r.csv").read_text().splitlines()[0]

@@ -26,7 +26,7 @@ def inject(
     data: Dataset,
     *,
     out: Path,
-    fault: str = "single",
+    fault: str | None = None,
     targets: Sequence[str] = space.TARGETS[:1],
     protection: str = "none",
     trials: int | None = None,

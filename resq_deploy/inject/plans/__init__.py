@@ -57,7 +57,7 @@ def restore(description: dict[str, Any], fault: str, space: Space) -> Plan:
 def make(
     space: Space,
     *,
-    fault: str = "single",
+    fault: str | None = None,
     trials: int | None = None,
     margin: float | None = None,
     confidence: float = 0.95,
@@ -74,8 +74,10 @@ def make(
     Exactly one of `trials`, `margin` (finite-population sample size at `confidence`; with
     `per_layer` or `per_layer_bit` for each layer or each bit of each layer), `exhaustive`,
     `sites`, `until_width` and `rates` (with `draws`, 50 by default, or up to `draws` with
-    `until_width`), among those that the fault model goes with.
+    `until_width`), among those that the fault model goes with: `fault`, which is `ber` with
+    `rates` and else `single` when it is not given.
     """
+    fault = fault or ("ber" if rates else "single")
     model = faults.parse(fault)
     given = {
         "--trials": trials is not None,
