@@ -19,7 +19,7 @@ from resq_deploy.errors import ExportError, InputError
 from resq_deploy.export import QDQ, QONNX, checks, export
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
-from resq_deploy.nets import NETS, build, checkpoint
+from resq_deploy.nets import build, checkpoint
 from resq_deploy.nets.quantized import calibrate, codes, quantize, value, weight_layers
 from resq_deploy.recipe import Export
 
@@ -28,9 +28,9 @@ CONVOLUTIONS = {"resnet8": 9, "resnet20": 21}
 ADDITIONS = {"resnet8": 3, "resnet20": 9}
 
 
-@pytest.fixture(scope="module", params=sorted(NETS))
+@pytest.fixture(scope="module", params=sorted(CONVOLUTIONS))
 def net(request: pytest.FixtureRequest) -> Any:
-    """Every network for CIFAR-shaped images, calibrated, random weights."""
+    """Two networks for CIFAR-shaped images, calibrated, random weights."""
     net = quantize(build(request.param, n_classes=10, in_channels=3, seed=1))
     calibrate(net, torch.rand(64, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
     net.eval().resq_name = request.param
@@ -170,6 +170,15 @@ def test_broken_structure_is_refused(net: Any, change: Any, message: str) -> Non
     expected = {name: codes(layer).numpy() for name, layer in weight_layers(net).items()}
     with pytest.raises(ExportError, match=message):
         checks.structure(model, expected)
+
+
+def test_a_bias_beyond_its_grid_is_refused_in_one_line() -> None:
+    net = quantize(build("resnet8", n_classes=10, in_channels=3, seed=1))
+    calibrate(net, torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    with torch.no_grad():
+        net.get_submodule("fc").weight.mul_(1e-12)  # type: ignore[operator]
+    with pytest.raises(ExportError, match="cannot export this network: QuantTensor not valid"):
+        qdq(net, (3, 32, 32), **OPTIONS)
 
 
 def test_float_kernels_are_refused_by_name() -> None:

@@ -161,14 +161,16 @@ def search(net: nn.Module, bench: _Bench, order: list[str]) -> list[dict[str, An
 
 
 def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
-    """Mean over images and positions of every weight layer's output, per channel."""
+    """Mean over images and positions (pixels, tokens) of what every weight layer returns."""
     layers = weight_layers(net)
     sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
             y = value(out).transpose(0, 1).flatten(1).double()  # (channels, images x positions)
-            sums[name] = sums.get(name, torch.zeros(())) + y.sum(dim=1) * (len(out) / y.shape[1])
+            sums[name] = sums.get(name, torch.zeros(())) + y.sum(dim=1)
+            counts[name] = counts.get(name, 0) + y.shape[1]
 
         return hook
 
@@ -176,7 +178,7 @@ def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
         for name, layer in layers.items():
             stack.callback(layer.register_forward_hook(keep(name)).remove)
         evaluate.logits(net, images.x)
-    return {name: total / len(images) for name, total in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 @torch.no_grad()

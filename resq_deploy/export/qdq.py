@@ -41,14 +41,22 @@ def quiet() -> Iterator[None]:
 def torchscript(
     exporter: Callable[..., Any], net: nn.Module, example: Tensor, **options: Any
 ) -> onnx.ModelProto:
-    """Run one of Brevitas' exporters quietly and return what it wrote."""
+    """Run one of Brevitas' exporters quietly and return what it wrote.
+
+    ExportError when it refuses, such as for a bias that is too large for the int32 grid of a
+    channel with next to no weights.
+    """
     # A real file: given a buffer, Brevitas leaves out its passes that make initializers.
     with TemporaryDirectory() as folder, quiet():
         file = Path(folder) / "model.onnx"
-        exporter(
-            net.eval(), args=example, export_path=str(file), dynamo=False, input_names=[INPUT],
-            output_names=[OUTPUT], keep_initializers_as_inputs=False, **options,
-        )  # fmt: skip
+        try:
+            exporter(
+                net.eval(), args=example, export_path=str(file), dynamo=False, input_names=[INPUT],
+                output_names=[OUTPUT], keep_initializers_as_inputs=False, **options,
+            )  # fmt: skip
+        except RuntimeError as error:
+            line = str(error).partition("\n")[0]
+            raise ExportError(f"Brevitas cannot export this network: {line}") from error
         return onnx.load(file)
 
 
