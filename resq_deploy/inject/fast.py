@@ -37,7 +37,7 @@ points) do, so that a graph optimized without the fault is no longer the one tha
 FEW = 32
 """Changed elements up to which a layer is updated tap by tap; more and the layer runs densely."""
 
-POSITION_NS, CODE_NS, RATE = 40.0, 0.7, 28.0
+POSITION_NS, CODE_NS, RATE = 35.0, 0.7, 42.0
 """Cost of the kernel `changed_inputs` on one machine: nanoseconds per output position and per code
 of it, multiplications per nanosecond. They choose between two ways to the same result."""
 
@@ -116,7 +116,7 @@ class Network:
         """Why the whole model is reloaded; empty when it is not."""
         self._session = session
         self.layers: dict[int, Layer] = {}
-        self.tables: dict[int, NDArray[np.uint8]] = {}
+        self.tables: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
         self.limits: dict[int, int] = {}
         self._types = {tensor.name: tensor for tensor in found.space.tensors}
         x = runtime.adapt(x, session)
@@ -206,7 +206,7 @@ class Network:
                 self.limits[index] = self._limit(index)
             elif (table := self._table(index)) is not None:
                 if self._table_holds(index, table, sample):
-                    self.tables[index] = table
+                    self.tables[index] = table, self._linear(index, table)
         some = sorted(self._in_place)[:: max(1, len(self._in_place) // PROOFS)]
         if not all(self._agrees(name, sample, x) for name in some):
             self.why = "a fault gave another output than in a session of its own"
@@ -318,6 +318,25 @@ class Network:
             part = [feed[start : start + step] for feed in feeds]
             outputs.append(self.runner.run(session, index, part)[0])
         return np.concatenate(outputs).view(np.uint8).reshape(-1)[: 2**16].copy()
+
+    def _linear(self, index: int, table: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Factors and constant of a QLinearAdd of uint8 codes; NaN where they miss the table."""
+        assert self.cut is not None
+        unit = self.cut.units[index]
+        none = np.full(3, np.nan, np.float32)
+        types = {self.cut.values[name].dtype for name in (*unit.inputs, *unit.outputs)}
+        (node, *more) = unit.nodes
+        if more or node.op_type != "QLinearAdd" or types != {np.dtype(np.uint8)}:
+            return none
+        if node.input[0] != unit.inputs[0] or node.input[3] != unit.inputs[-1]:
+            return none
+        scale_a, zero_a, scale_b, zero_b, scale, zero = (
+            graph.array(self.cut.initializers[node.input[i]]).reshape(-1)[0].astype(np.float32)
+            for i in (1, 2, 4, 5, 6, 7)
+        )
+        by_a, by_b = scale_a / scale, scale_b / scale
+        found = np.array([by_a, by_b, zero - (by_a * zero_a + by_b * zero_b)], np.float32)
+        return found if kernels.is_linear(found, table) else none
 
     def _table_holds(self, index: int, table: NDArray[np.uint8], sample: Kept) -> bool:
         assert self.cut is not None
@@ -573,7 +592,7 @@ class Fast:
                 sides += [kept, kept[:0], np.full(len(images), -1)]
         y = self._bytes[unit.outputs[0]]
         output.n = kernels.elementwise(
-            *sides, network.tables[index], y, images, output.rows, output.found
+            *sides, *network.tables[index], y, images, output.rows, output.found
         )
 
     def _layer(
@@ -599,8 +618,8 @@ class Fast:
         weights = layer.patched(taps, delta) if faulty else layer.weights
         dense = np.empty(len(rows.images), np.int64)
         n, n_dense = kernels.changed_inputs(
-            layer.x(rows.data), rows.images, x, acc, y, weights, layer.scale, g, taps, delta,
-            network.limits[index], out[output.n :], output.found[output.n :], dense,
+            layer.x(rows.data), rows.images, x, acc, y, weights, layer.shift, layer.scale, g, taps,
+            delta, network.limits[index], out[output.n :], output.found[output.n :], dense,
         )  # fmt: skip
         output.n += n
         if n_dense:

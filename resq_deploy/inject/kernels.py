@@ -20,13 +20,13 @@ import numpy as np
 from numba import njit
 
 from resq_deploy.inject.simd import (
-    add_rows_16,
-    add_rows_32,
-    add_rows_64,
+    add_codes,
     differences,
     lowest_bit,
     popcount,
-    requantize_16,
+    update_16,
+    update_32,
+    update_64,
 )
 
 Geometry = namedtuple(
@@ -35,6 +35,9 @@ Geometry = namedtuple(
     "groups x_flip x_zero y_flip y_zero",
 )
 """One layer in integers. `x_flip`, `y_flip`: 128 for signed codes, else 0."""
+
+SINGLE = 4
+"""Up to so many of 64 codes are looked up one by one."""
 
 
 def _compiled(function):
@@ -185,44 +188,42 @@ def _changed_codes(before, after, flip, width, channels, key, step, start):
 
 
 @njit(inline="always", error_model="numpy")
-def _accumulate(sums, table, stride, rows, factors, count):
-    """sums += factors[e] * table[rows[e]] over e < count; all addresses but `count`, `stride`."""
-    at = 0
-    while at + 128 <= stride:
-        add_rows_64(sums + 2 * at, table + at, stride, rows, factors, count)
-        at += 128
-    if at + 64 <= stride:
-        add_rows_32(sums + 2 * at, table + at, stride, rows, factors, count)
-        at += 64
-    if at < stride:
-        add_rows_16(sums + 2 * at, table + at, stride, rows, factors, count)
+def _update(
+    sums, y, codes, scale, zero, flip, table, stride, n_out, ranges, n_ranges, keys, steps
+):  # fmt: skip
+    """Update the sums of one position, n_out of them, and requantize; did a code change?
 
-
-@njit(inline="always", error_model="numpy")
-def _emit(sums, scale, zero, flip, y, n, p, q, codes):
-    """Requantize one position into `codes`; does any differ from y[n, p, q]?"""
-    different, o, n_out = np.int64(0), 0, y.shape[3]
-    here = y.ctypes.data + ((n * y.shape[1] + p) * y.shape[2] + q) * n_out
-    while o + 16 <= n_out:
-        different |= requantize_16(
-            sums.ctypes.data + 4 * o, scale.ctypes.data + 4 * o, zero, flip, here + o,
-            codes.ctypes.data + o,
+    All are addresses but the numbers; `simd.update_16` says what of.
+    """
+    changed, o = np.int64(0), 0
+    while o + 64 <= n_out:
+        changed |= update_64(
+            sums + 4 * o, y + o, codes + o, scale + 4 * o, zero, flip, table + o, stride, ranges,
+            n_ranges, keys, steps,
         )  # fmt: skip
-        o += 16
-    for rest in range(o, n_out):
-        codes[rest] = _requantize(sums[rest], scale[rest], np.int32(zero), np.int32(flip))
-        different |= codes[rest] != y[n, p, q, rest]
-    return different != 0
+        o += 64
+    if o + 32 <= n_out:
+        changed |= update_32(
+            sums + 4 * o, y + o, codes + o, scale + 4 * o, zero, flip, table + o, stride, ranges,
+            n_ranges, keys, steps,
+        )  # fmt: skip
+        o += 32
+    if o < n_out:
+        changed |= update_16(
+            sums + 4 * o, y + o, codes + o, scale + 4 * o, zero, flip, table + o, stride, ranges,
+            n_ranges, keys, steps,
+        )  # fmt: skip
+    return changed != 0
 
 
 @_compiled
 def changed_inputs(
-    new, images, x, acc, y, weights, scale, g, taps, delta, limit, out, found, dense
+    new, images, x, acc, y, weights, shift, scale, g, taps, delta, limit, out, found, dense
 ):
     """Output rows of images whose input changed a little, from the kept accumulators.
 
-    `new` (K, H, W, C) are the changed rows of x for the numbers `images`; `weights` as in
-    `layers.Layer`, with faulty weights changed, which `taps` and `delta` list as in
+    `new` (K, H, W, C) are the changed rows of x for the numbers `images`; `weights` and
+    `shift` as in `layers.Layer`, with faulty weights changed, which `taps` and `delta` list as in
     `faulty_weights`. Where more than `limit` input codes differ nothing is computed, and the row
     number goes into `dense`. Fills found[:F] with the numbers of images whose output changes,
     out[:F] with their rows, dense[:D] with row numbers of `new`; returns F, D.
@@ -231,15 +232,23 @@ def changed_inputs(
     rows, columns, n_out = acc.shape[1], acc.shape[2], acc.shape[3]
     in_group, out_group = channels // g.groups, n_out // g.groups
     x_flip, x_zero = np.uint8(g.x_flip), np.int32(g.x_zero)
-    stride = 2 * weights.shape[3]
+    padded = weights.shape[3]
     key = np.empty(x[0].size, np.int32)
     step = np.empty(x[0].size, np.int32)
     start = np.empty(height * width + 1, np.int64)
-    sums = np.zeros(weights.shape[3], np.int32)
-    codes = np.empty(n_out, np.uint8)
-    n_found = n_dense = 0
+    ranges = np.empty((g.kernel_h * g.kernel_w, 3), np.int64)
+    # Copies of one position, filled up: vectors must not read behind the end of an array, and sums
+    # get what does not come from changed inputs.
+    sums, before_codes = np.zeros(padded, np.int32), np.zeros(padded, np.uint8)
+    codes, factors = np.empty(padded, np.uint8), np.zeros(padded, np.float32)
+    shifted = False
+    for o in range(n_out):
+        factors[o] = scale[o]
+        shifted = shifted or shift[o] != 0
+    plain = g.groups == 1 and not shifted and delta.size == 0 and padded == n_out
     # Where the columns of the kernel are neighbours, one row of it is one range of entries.
     together = g.kernel_w if g.dilation_w == 1 else 1
+    n_found = n_dense = 0
     for k in range(images.size):
         n = images[k]
         before, after = x[n].reshape(-1), new[k].reshape(-1)
@@ -251,7 +260,7 @@ def changed_inputs(
         copied = False
         for p in range(rows):
             for q in range(columns):
-                reached = False
+                n_ranges = 0
                 for a in range(g.kernel_h):
                     i = p * g.stride_h - g.pad_h + a * g.dilation_h
                     if i < 0 or i >= height:
@@ -264,44 +273,66 @@ def changed_inputs(
                         first, last = start[i * width + left], start[i * width + right]
                         if first == last:
                             continue
-                        if not reached:
-                            reached = True
-                            for o in range(n_out):
-                                sums[o] = acc[n, p, q, o]
                         # weights[a, b, c] is row (a * kernel_w + b) * channels + c of the table,
                         # and key = (j + b) * channels + c
-                        base = (a * g.kernel_w + b - j) * channels
-                        if g.groups == 1:
-                            _accumulate(
-                                sums.ctypes.data, weights.ctypes.data + base * stride, stride,
-                                key.ctypes.data + 4 * first, step.ctypes.data + 4 * first,
-                                last - first,
-                            )  # fmt: skip
-                            continue
-                        for e in range(first, last):
-                            column, c = key[e] // channels, key[e] % channels
-                            o = c // in_group * out_group
-                            for rest in range(o, o + out_group):
-                                w = weights[a, b + column - j, c % in_group, rest]
-                                sums[rest] += step[e] * np.int32(w)
-                if not reached and delta.size == 0:
+                        ranges[n_ranges, 0], ranges[n_ranges, 1] = first, last
+                        ranges[n_ranges, 2] = (a * g.kernel_w + b - j) * channels
+                        n_ranges += 1
+                if n_ranges == 0 and delta.size == 0:
                     continue
-                if not reached:
+                here = (n * rows + p) * columns + q
+                source = acc.ctypes.data + 4 * here * n_out
+                compared = y.ctypes.data + here * n_out
+                if not plain:
                     for o in range(n_out):
-                        sums[o] = acc[n, p, q, o]
-                for f in range(delta.size):
-                    o = taps[f, 0]
-                    i = p * g.stride_h - g.pad_h + taps[f, 2] * g.dilation_h
-                    j = q * g.stride_w - g.pad_w + taps[f, 3] * g.dilation_w
-                    if 0 <= i < height and 0 <= j < width:
-                        c = o // out_group * in_group + taps[f, 1]
-                        sums[o] += np.int32(delta[f]) * (np.int32(x[n, i, j, c] ^ x_flip) - x_zero)
-                if _emit(sums, scale, g.y_zero, g.y_flip, y, n, p, q, codes):
-                    if not copied:
-                        copied = True
-                        out[n_found] = y[n]
+                        sums[o], before_codes[o] = acc[n, p, q, o], y[n, p, q, o]
+                        codes[o] = 0
+                    source, compared = sums.ctypes.data, before_codes.ctypes.data
+                    if shifted and g.groups == 1:
+                        total = np.int32(0)
+                        for r in range(n_ranges):
+                            for e in range(ranges[r, 0], ranges[r, 1]):
+                                total += step[e]
+                        for o in range(n_out):
+                            sums[o] += total * shift[o]
+                    if g.groups > 1:
+                        for r in range(n_ranges):
+                            base = ranges[r, 2]
+                            for e in range(ranges[r, 0], ranges[r, 1]):
+                                row = base + key[e]
+                                tap, c = row // channels, row % channels
+                                o = c // in_group * out_group
+                                a, b = tap // g.kernel_w, tap % g.kernel_w
+                                for rest in range(o, o + out_group):
+                                    w = np.int32(weights[a, b, c % in_group, rest]) + shift[rest]
+                                    sums[rest] += step[e] * w
+                        n_ranges = 0
+                    for f in range(delta.size):
+                        o = taps[f, 0]
+                        i = p * g.stride_h - g.pad_h + taps[f, 2] * g.dilation_h
+                        j = q * g.stride_w - g.pad_w + taps[f, 3] * g.dilation_w
+                        if 0 <= i < height and 0 <= j < width:
+                            c = o // out_group * in_group + taps[f, 1]
+                            code = np.int32(x[n, i, j, c] ^ x_flip)
+                            sums[o] += np.int32(delta[f]) * (code - x_zero)
+                changed = _update(
+                    source, compared, codes.ctypes.data, factors.ctypes.data, g.y_zero, g.y_flip,
+                    weights.ctypes.data, padded, n_out, ranges.ctypes.data, n_ranges,
+                    key.ctypes.data, step.ctypes.data,
+                )  # fmt: skip
+                if not changed:
+                    continue
+                if not plain:  # filled up places differ for nothing
+                    changed = False
                     for o in range(n_out):
-                        out[n_found, p, q, o] = codes[o]
+                        changed = changed or codes[o] != y[n, p, q, o]
+                    if not changed:
+                        continue
+                if not copied:
+                    copied = True
+                    out[n_found] = y[n]
+                for o in range(n_out):
+                    out[n_found, p, q, o] = codes[o]
         if copied:
             found[n_found] = n
             n_found += 1
@@ -309,14 +340,17 @@ def changed_inputs(
 
 
 @_compiled
-def elementwise(a, new_a, row_a, b, new_b, row_b, table, y, images, out, found):
+def elementwise(a, new_a, row_a, b, new_b, row_b, table, linear, y, images, out, found):
     """Output rows of an operator that maps pairs of codes to codes, element by element.
 
     `a`, `b`, `y` (N, bytes) are kept; image images[k] has the row row_a[k] of `new_a` (-1: its kept
-    row), and likewise b. `table` (65536,): output byte for 256 * a + b. Fills found[:F] and out[:F]
-    as `changed_inputs` does; returns F.
+    row), and likewise b. `table` (65536,): output byte for 256 * a + b. `linear` (3,) float32: the
+    factors of a and b and the constant with which `simd.add_codes` gives that table; NaN where it
+    does not. Fills found[:F] and out[:F] as `changed_inputs` does; returns F.
     """
     n_found = 0
+    codes = np.empty(64, np.uint8)
+    vectors = linear[0] == linear[0]
     size = y.shape[1]
     for k in range(images.size):
         n, i, j = images[k], row_a[k], row_b[k]
@@ -329,6 +363,18 @@ def elementwise(a, new_a, row_a, b, new_b, row_b, table, y, images, out, found):
                 mask = differences(now_a + at, old_a + at) | differences(now_b + at, old_b + at)
             else:  # the end of a row: look at every byte
                 mask = (np.uint64(1) << np.uint64(size - at)) - np.uint64(1)
+            if vectors and at + 64 <= size and popcount(mask) > SINGLE:
+                changed = add_codes(
+                    now_a + at, now_b + at, y.ctypes.data + n * size + at, codes.ctypes.data,
+                    linear[0], linear[1], linear[2],
+                )  # fmt: skip
+                if changed:
+                    if not copied:
+                        copied = True
+                        out[n_found] = y[n]
+                    for i_code in range(64):
+                        out[n_found, at + i_code] = codes[i_code]
+                continue
             while mask:
                 place = at + lowest_bit(mask)
                 mask &= mask - np.uint64(1)
@@ -344,3 +390,19 @@ def elementwise(a, new_a, row_a, b, new_b, row_b, table, y, images, out, found):
             found[n_found] = n
             n_found += 1
     return n_found
+
+
+@_compiled
+def is_linear(linear, table):
+    """Does `simd.add_codes` with these numbers give the table of `elementwise`?"""
+    a, b = np.empty(64, np.uint8), np.empty(64, np.uint8)
+    codes = np.empty(64, np.uint8)
+    for start in range(0, table.size, 64):
+        for i in range(64):
+            a[i], b[i] = (start + i) >> 8, (start + i) & 255
+        if add_codes(
+            a.ctypes.data, b.ctypes.data, table.ctypes.data + start, codes.ctypes.data,
+            linear[0], linear[1], linear[2],
+        ):  # fmt: skip
+            return False
+    return True

@@ -40,9 +40,11 @@ class Layer:
     transposed: bool
     """Is the initializer (in, out) instead of (out, in, ...)?"""
     geometry: Geometry
-    weights: NDArray[np.int16]
-    """(kernel height, kernel width, C / groups, O): code minus zero point; O filled up with zeros
-    to a multiple of LANES."""
+    weights: NDArray[np.int8]
+    """(kernel height, kernel width, C / groups, O): the codes, of uint8 minus 128; O is filled up
+    with zeros to a multiple of LANES."""
+    shift: NDArray[np.int32]
+    """(O,) what to add to `weights` for code minus zero point."""
     bias: NDArray[np.int32]
     scale: NDArray[np.float32]
     """(O,) input scale * weight scale / output scale."""
@@ -67,10 +69,11 @@ class Layer:
         """The kept output (N, rows, ...) as the kernels take it."""
         return _bytes(value).reshape(len(value), *self.y_shape)
 
-    def patched(self, taps: NDArray[np.int64], delta: NDArray[np.int64]) -> NDArray[np.int16]:
+    def patched(self, taps: NDArray[np.int64], delta: NDArray[np.int64]) -> NDArray[np.int8]:
         """`weights` with some of them changed (`taps`, `delta`)."""
         weights = self.weights.copy()
-        weights[taps[:, 2], taps[:, 3], taps[:, 1], taps[:, 0]] += delta.astype(np.int16)
+        at = (taps[:, 2], taps[:, 3], taps[:, 1], taps[:, 0])
+        weights[at] = (weights[at] + delta).astype(np.int8)
         return weights
 
     def taps(self, offsets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -90,7 +93,7 @@ class Layer:
         By onnxruntime's integer kernels.
         """
         g = self.geometry
-        weights = self.weights[..., : self.y_shape[2]].transpose(3, 2, 0, 1)
+        weights = (self.weights[..., : self.y_shape[2]] + self.shift).transpose(3, 2, 0, 1)
         low, high = int(weights.min()), int(weights.max())
         # the codes again, whatever their zero point was: int8 when they fit, else uint8
         zero = 0 if low >= -128 and high <= 127 else -low
@@ -171,12 +174,16 @@ def _zeros(zero: Array, value: Value) -> tuple[int, int]:
 
 
 def _layer(
-    *, weight: str, codes: Array, transposed: bool, weights: Array, bias: Array | None,
+    *, weight: str, codes: Array, transposed: bool, weights: Array, zero: Array, bias: Array | None,
     scales: tuple[Array, Array, Array], zeros: tuple[Array, Array], x: Value, y: Value,
     x_shape: tuple[int, ...], y_shape: tuple[int, ...], shape: Mapping[str, int],
 ) -> Layer | None:  # fmt: skip
+    """`weights` are the codes as (kernel height, kernel width, C / groups, O)."""
     n_out = weights.shape[3]
-    if int(weights.max()) - int(weights.min()) > 255:
+    middle = 128 if codes.dtype == np.uint8 else 0
+    weights = (weights.astype(np.int16) - middle).astype(np.int8)
+    shift = np.broadcast_to(middle - zero.astype(np.int32).reshape(-1), (n_out,))
+    if int((weights + shift).max()) - int((weights + shift).min()) > 255:
         return None  # zero points differ so much that no 8-bit type holds all weights
     x_flip, x_zero = _zeros(zeros[0], x)
     y_flip, y_zero = _zeros(zeros[1], y)
@@ -185,26 +192,13 @@ def _layer(
         codes=codes,
         transposed=transposed,
         geometry=Geometry(**shape, x_flip=x_flip, x_zero=x_zero, y_flip=y_flip, y_zero=y_zero),
-        weights=np.pad(
-            np.ascontiguousarray(weights, np.int16), [(0, 0)] * 3 + [(0, -n_out % LANES)]
-        ),
+        weights=np.pad(np.ascontiguousarray(weights), [(0, 0)] * 3 + [(0, -n_out % LANES)]),
+        shift=np.ascontiguousarray(shift),
         bias=np.zeros(n_out, np.int32) if bias is None else bias.astype(np.int32).reshape(-1),
         scale=_scale(*scales, n_out),
         x_shape=x_shape,  # type: ignore[arg-type]
         y_shape=y_shape,  # type: ignore[arg-type]
     )
-
-
-def _centered(codes: Array, zero: Array, axis: int) -> Array:
-    """Codes minus zero points, int16."""
-    zero = zero.astype(np.int16)
-    if zero.size > 1:
-        shape = [1] * codes.ndim
-        shape[axis] = -1
-        zero = zero.reshape(shape)
-    else:
-        zero = zero.reshape(()) if zero.size else np.zeros((), np.int16)
-    return np.asarray(codes.astype(np.int16) - zero)
 
 
 def _conv(
@@ -216,7 +210,6 @@ def _conv(
     if any(name not in c for name in names[1:8]) or a.get("auto_pad", b"NOTSET") != b"NOTSET":
         return None
     codes = c[names[3]]
-    weights = _centered(codes, c[names[5]], 0)
     if codes.ndim != 4:
         return None
     strides, pads = a.get("strides", [1, 1]), a.get("pads", [0, 0, 0, 0])
@@ -228,7 +221,8 @@ def _conv(
         "dilation_h": dilations[0], "dilation_w": dilations[1], "groups": a.get("group", 1),
     }  # fmt: skip
     return _layer(
-        weight=names[3], codes=codes, transposed=False, weights=weights.transpose(2, 3, 1, 0),
+        weight=names[3], codes=codes, transposed=False, weights=codes.transpose(2, 3, 1, 0),
+        zero=c[names[5]],
         bias=c.get(names[8]) if names[8] else None,
         scales=(c[names[1]], c[names[4]], c[names[6]]), zeros=(c[names[2]], c[names[7]]),
         x=x, y=y, x_shape=x.tail, y_shape=y.tail, shape=shape,
@@ -249,11 +243,11 @@ def _product(
     codes = c[names[3]]
     if codes.ndim != 2:
         return None
-    weights = _centered(codes, c[names[5]], 1 if transposed else 0)
-    weights = weights if transposed else weights.T
+    weights = codes if transposed else codes.T
     rows = x.rows * int(np.prod(x.tail[:-1], dtype=np.int64))
     return _layer(
         weight=names[3], codes=codes, transposed=transposed, weights=weights[None, None],
+        zero=c[names[5]],
         bias=bias, scales=(c[names[1]], c[names[4]], c[output[0]]),
         zeros=(c[names[2]], c[output[1]]), x=x, y=y,
         x_shape=(rows, 1, weights.shape[0]), y_shape=(rows, 1, weights.shape[1]), shape=_PRODUCT,
