@@ -91,6 +91,13 @@ def test_a_golden_run_that_is_not_finite_has_no_margin() -> None:
     assert (found.n_nonfinite, found.n_margins, found.margin_worst) == (1, 1, 0.5)
 
 
+def test_the_worst_loss_is_none_where_only_untouched_images_lost_nothing() -> None:
+    output = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
+    golden = Golden(output=output, y=np.zeros(2, np.int64))
+    found = observe(golden, np.array([[3.0, 0.0]], np.float32), np.array([0]))
+    assert (found.margin_worst, trial(0, None, 1, None, found).margin_lost) == (0.0, -1.0)
+
+
 def test_one_class_has_no_margin_to_lose() -> None:
     golden = Golden(output=np.ones((2, 1), np.float32), y=np.zeros(2, np.int64))
     found = observe(golden, np.zeros((2, 1), np.float32))

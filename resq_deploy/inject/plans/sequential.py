@@ -170,8 +170,7 @@ class SweepUntil(Plan):
         going = [
             rate
             for rate, group in seen.items()
-            if len(group) == start
-            and (not index or _width(mean_accuracy(group, self.confidence)) > self.width)
+            if not index or _width(mean_accuracy(group, self.confidence)) > self.width
         ]
         return [
             rate * self.draws + draw for rate in going for draw in range(start, self.looks[index])
