@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,10 @@ points) do, so that a graph optimized without the fault is no longer the one tha
 FEW = 32
 """Changed elements up to which a layer is updated tap by tap; more and the layer runs densely."""
 
-POSITION_NS, CODE_NS, RATE = 35.0, 0.7, 42.0
-"""Cost of the kernel `changed_inputs` on one machine: nanoseconds per output position and per code
-of it, multiplications per nanosecond. They choose between two ways to the same result."""
+BYTE_NS, POSITION_NS, CODE_NS, RATE = 0.3, 35.0, 0.7, 42.0
+"""Costs on one machine: nanoseconds per byte that goes in and out of a dense run; in the kernel
+`changed_inputs` per output position and per code of it, and multiplications per nanosecond. They
+choose between two ways to the same result."""
 
 MANY, WHOLE = 8, 0.7
 """More changed elements than this, with more than this part of the network behind the first one:
@@ -47,6 +49,9 @@ the network is run as a whole."""
 
 PROOFS = 3
 """Faults that are compared with the reload engine before the fast one is used on a model."""
+
+PLANES = 1024
+"""Channels that go through a pooling unit in one call."""
 
 CALIBRATION = 50
 """Images with which the dense way is timed."""
@@ -60,14 +65,30 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """New rows of a kept value for some images."""
+Bytes = NDArray[np.uint8]
 
-    images: Images
-    """(K,), in any order."""
-    data: Array
-    """(K, rows, ...)"""
+
+@dataclass(frozen=True, eq=False)
+class Changed:
+    """What is new in a kept value: some images have their changes listed, others whole rows."""
+
+    listed: Images
+    """(L,) images with lists, in any order."""
+    first: NDArray[np.int64]
+    """(L + 1,) where the list of an image begins and ends."""
+    places: NDArray[np.int32]
+    """Bytes of an image's value, ascending for each image."""
+    codes: Bytes
+    """The new bytes there."""
+    whole: Images
+    """(W,) images with rows, in any order."""
+    rows: Bytes
+    """(W, bytes)"""
+
+    @cached_property
+    def images(self) -> Images:
+        """(L + W,) all of them, those with lists first."""
+        return np.concatenate([self.listed, self.whole])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,16 +105,73 @@ class Kept:
     """(N, P, Q, O) accumulators of the integer layers, by unit."""
 
 
-@dataclass(eq=False)
-class Output:
-    """Where the new rows of a value are written."""
+NO_CHANGE = Changed(
+    listed=np.empty(0, np.int64),
+    first=np.zeros(1, np.int64),
+    places=np.empty(0, np.int32),
+    codes=np.empty(0, np.uint8),
+    whole=np.empty(0, np.int64),
+    rows=np.empty((0, 0), np.uint8),
+)
 
-    found: Images
-    """Images of the rows written so far."""
-    rows: NDArray[np.uint8]
-    """(at least as many, bytes)"""
-    n: int = 0
-    """Rows written so far."""
+
+class Output:
+    """Where the changes of a value are written; used again by every trial."""
+
+    def __init__(self, n: int, size: int) -> None:
+        """Of a value with `size` bytes for each of `n` images."""
+        self._n, self._size = n, size
+        # Lists of all images together take no more room than their rows would.
+        self._most = max(n * size // 5, size)
+        self._found, self._first = np.empty(n, np.int64), np.zeros(n + 1, np.int64)
+        self._places, self._codes = np.empty(size, np.int32), np.empty(size, np.uint8)
+        self._whole, self._rows = np.empty(n, np.int64), np.empty((0, size), np.uint8)
+        self.clear()
+
+    def clear(self) -> None:
+        self.n_listed = self.n_entries = self.n_whole = 0
+
+    @property
+    def lists(self) -> tuple[int, int, Images, NDArray[np.int64], NDArray[np.int32], Bytes]:
+        """What kernels append to: listed images and entries so far, and the lists."""
+        return (
+            self.n_listed, self.n_entries, self._found, self._first, self._places, self._codes,
+        )  # fmt: skip
+
+    @property
+    def capacity(self) -> int:
+        """Entries that the lists have room for."""
+        return len(self._places)
+
+    def grow(self) -> bool:
+        """More room for lists; False when there is enough already."""
+        size = min(self._most, 4 * len(self._places))
+        if size == len(self._places):
+            return False
+        self._places, self._codes = (
+            np.concatenate([old, np.empty(size - len(old), old.dtype)])
+            for old in (self._places, self._codes)
+        )
+        return True
+
+    def room(self, n: int) -> tuple[Bytes, Images]:
+        """Where the next n rows and the numbers of their images go."""
+        end = self.n_whole + n
+        if end > len(self._rows):
+            rows = np.empty((min(self._n, max(end, 2 * len(self._rows))), self._size), np.uint8)
+            rows[: self.n_whole] = self._rows[: self.n_whole]
+            self._rows = rows
+        return self._rows[self.n_whole : end], self._whole[self.n_whole : end]
+
+    def changed(self) -> Changed:
+        return Changed(
+            listed=self._found[: self.n_listed],
+            first=self._first[: self.n_listed + 1],
+            places=self._places[: self.n_entries],
+            codes=self._codes[: self.n_entries],
+            whole=self._whole[: self.n_whole],
+            rows=self._rows[: self.n_whole],
+        )
 
 
 Allocate = Callable[[tuple[int, ...], Any], Array]
@@ -111,13 +189,15 @@ class Network:
         fixed = session.get_inputs()[0].shape[0]
         self.group: int | None = fixed if isinstance(fixed, int) else None
         """Images that only run together, as in a plain run; None when any images may."""
-        self.cut: Cut | None = None
+        self.cut: Cut
         self.why = ""
         """Why the whole model is reloaded; empty when it is not."""
         self._session = session
         self.layers: dict[int, Layer] = {}
         self.tables: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
         self.limits: dict[int, int] = {}
+        self.pools: dict[int, bool] = {}
+        """Units that make one code of every channel: are the channels the last axis?"""
         self._types = {tensor.name: tensor for tensor in found.space.tensors}
         x = runtime.adapt(x, session)
         if runtime.saturates() if precise is None else precise:
@@ -153,7 +233,6 @@ class Network:
 
     def _find_in_place(self) -> set[str]:
         """Tensors that the optimized graph holds as the file does."""
-        assert self.cut is not None
         stored = {proto.name: proto for proto in self._found.model.graph.initializer}
         same = set()
         for name, tensor in self._types.items():
@@ -169,7 +248,6 @@ class Network:
 
     def _reach(self) -> None:
         """Find the units that a fault can reach, and the values that must be kept for them."""
-        assert self.cut is not None
         reached: set[str] = set()
         self.active: list[int] = []
         wanted: set[str] = set()
@@ -185,7 +263,6 @@ class Network:
 
     def _probe(self, x: Array) -> None:
         """Run some images every way that will be used: what is not exactly equal is not used."""
-        assert self.cut is not None
         n = max(self.group or 0, CALIBRATION)
         x = np.resize(x, (n, *x.shape[1:]))
         sample = self.keep(x)
@@ -207,6 +284,8 @@ class Network:
             elif (table := self._table(index)) is not None:
                 if self._table_holds(index, table, sample):
                     self.tables[index] = table, self._linear(index, table)
+            elif (last_axis := self._pools(index, sample)) is not None:
+                self.pools[index] = last_axis
         some = sorted(self._in_place)[:: max(1, len(self._in_place) // PROOFS)]
         if not all(self._agrees(name, sample, x) for name in some):
             self.why = "a fault gave another output than in a session of its own"
@@ -243,7 +322,6 @@ class Network:
         return all(self._repeats(index, sample, images) for index in self.active)
 
     def _repeats(self, index: int, kept: Kept, images: Images) -> bool:
-        assert self.cut is not None
         unit = self.cut.units[index]
         feeds = [kept.values[name][images] for name in unit.inputs]
         outputs = self.runner.run(self.runner.session(index), index, feeds)
@@ -254,7 +332,6 @@ class Network:
 
     def _time(self, index: int, sample: Kept) -> float:
         """Seconds that a unit takes for one image."""
-        assert self.cut is not None
         n = self.group or CALIBRATION
         feeds = [sample.values[name][:n] for name in self.cut.units[index].inputs]
         session, seconds = self.runner.session(index), []
@@ -266,7 +343,6 @@ class Network:
 
     def share_behind(self, names: Iterable[str]) -> float:
         """The part of the run time of the network behind the first unit that reads `names`."""
-        assert self.cut is not None
         hit = {i for i in self.active if self.cut.units[i].initializers & set(names)}
         behind = sum(self._seconds[i] for i in self.active if i >= min(hit))
         return behind / sum(self._seconds.values())
@@ -276,6 +352,7 @@ class Network:
         if self.group is not None:
             return 0
         layer, dense = self.layers[index], 1e9 * self._seconds[index]
+        dense += BYTE_NS * (np.prod(layer.x_shape) + np.prod(layer.y_shape))
         g = layer.geometry
         positions, out = int(np.prod(layer.y_shape[:2])), layer.y_shape[2]
         position = POSITION_NS + CODE_NS * out
@@ -285,9 +362,35 @@ class Network:
         apart = dense / (reach * position + code)
         return int(min(max(everywhere, apart), np.prod(layer.x_shape)))
 
+    def _pools(self, index: int, sample: Kept) -> bool | None:
+        """Does a unit make one code of every channel, by itself? Then: are they the last axis?"""
+        unit = self.cut.units[index]
+        if self.group is not None or len(unit.inputs) != 1 or len(unit.outputs) != 1:
+            return None
+        x, y = self.cut.values[unit.inputs[0]], self.cut.values[unit.outputs[0]]
+        scalars = all(
+            np.prod(self.cut.initializers[name].dims, dtype=np.int64) == 1
+            for name in unit.initializers
+        )
+        if unit.heavy or not scalars or x.rows != 1 or y.rows != 1 or len(x.tail) != 3:
+            return None
+        if x.dtype.itemsize != 1 or y.dtype.itemsize != 1:
+            return None
+        channels = int(np.prod(y.tail, dtype=np.int64))
+        images = sample.values[x.name].reshape(sample.n, *x.tail)
+        expected = sample.values[y.name].reshape(sample.n, channels)
+        for last_axis, axis in ((True, 2), (False, 0)):
+            if x.tail[axis] != channels:
+                continue
+            planes = np.moveaxis(images, 1 + axis, 1).reshape(-1, *np.delete(x.tail, axis))
+            feed = np.expand_dims(planes, 1 + axis)
+            found = self.runner.attempt(index, {x.name: feed})
+            if found is not None and found.tobytes() == expected.tobytes():
+                return last_axis
+        return None
+
     def _table(self, index: int) -> NDArray[np.uint8] | None:
         """What an elementwise unit makes of every pair of codes; None for other units."""
-        assert self.cut is not None
         unit = self.cut.units[index]
         shapes = {
             (v.rows, v.tail, v.dtype.itemsize)
@@ -321,7 +424,6 @@ class Network:
 
     def _linear(self, index: int, table: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Factors and constant of a QLinearAdd of uint8 codes; NaN where they miss the table."""
-        assert self.cut is not None
         unit = self.cut.units[index]
         none = np.full(3, np.nan, np.float32)
         types = {self.cut.values[name].dtype for name in (*unit.inputs, *unit.outputs)}
@@ -339,7 +441,6 @@ class Network:
         return found if kernels.is_linear(found, table) else none
 
     def _table_holds(self, index: int, table: NDArray[np.uint8], sample: Kept) -> bool:
-        assert self.cut is not None
         unit = self.cut.units[index]
         codes = [sample.values[name].view(np.uint8).astype(np.int64) for name in unit.inputs]
         found = table[codes[0] << 8 | codes[-1]]
@@ -347,11 +448,11 @@ class Network:
 
     def bytes_per_image(self, workers: int = 1) -> int:
         """Memory for one image: what `keep` makes, and what every worker writes changes into."""
-        if self.cut is None or self.why:
+        if self.why:
             return 1
         values = sum(self.cut.values[name].bytes_per_image for name in self.kept_values)
         sums = sum(layer.acc_bytes for layer in self.layers.values())
-        return values + sums + workers * values
+        return values + sums + 2 * workers * values
 
     def keep(self, x: Array, allocate: Allocate = np.empty) -> Kept:
         """The golden run of images (N, ...) as the data set has them.
@@ -360,7 +461,7 @@ class Network:
         """
         x = runtime.adapt(x, self._session)
         output = runtime.run(self._session, x)
-        if self.cut is None or self.why:
+        if self.why:
             return Kept(n=len(x), output=output, values={}, sums={})
         if self.group:
             short = -len(x) % self.group if len(x) % self.group and self._fixed else 0
@@ -394,7 +495,6 @@ class Network:
 
     def _sums(self, values: Mapping[str, Array], allocate: Allocate) -> dict[int, Array]:
         """Accumulators of every layer for which our requantizing gives the kept output."""
-        assert self.cut is not None
         sums: dict[int, Array] = {}
         for index in self.active:
             unit = self.cut.units[index]
@@ -418,14 +518,12 @@ class Network:
 
     def whole(self, change: Change, x: Array) -> Array:
         """Output (N, ...) of the whole optimized graph, already optimized, under a change."""
-        assert self.cut is not None
         model = self.cut.whole_model([self.cut.output], self.faulty(change))
         session = runtime.build(model, level="off", precise=self._precise)
         return runtime.run(session, runtime.adapt(x, self._session))
 
     def faulty(self, change: Change) -> dict[str, onnx.TensorProto]:
         """The initializers of the optimized graph with changed elements."""
-        assert self.cut is not None
         changed = {}
         for name, (offsets, values) in change.items():
             changed[name] = onnx.TensorProto()
@@ -444,7 +542,7 @@ class Fast:
         self._x = x
         self._all = np.arange(kept.n)
         self._bytes = {name: _bytes(value) for name, value in kept.values.items()}
-        self._scratch: dict[str, NDArray[np.uint8]] = {}
+        self._outputs: dict[str, Output] = {}
 
     def run(self, change: Change) -> Array:
         """First output (N, ...) where the elements of `change` are read with other values."""
@@ -466,52 +564,60 @@ class Fast:
         n_elements = sum(len(offsets) for offsets, _ in change.values())
         if n_elements > MANY and network.share_behind(change) > WHOLE:
             return np.arange(len(output)), network.whole(change, self._x)
-        rows = self._propagate(change)
-        if rows is None:
+        changed = self._propagate(change)
+        if changed is None:
             return np.empty(0, np.int64), output[:0]
-        real = rows.images < len(output)  # the others only fill up a fixed batch
-        answers = rows.data.view(output.dtype).reshape(len(rows.images), *output.shape[1:])
-        return rows.images[real], answers[real]
+        images = changed.images
+        real = images < len(output)  # the others only fill up a fixed batch
+        images = images[real]
+        rows = self._materialized(network.cut.output, images, changed, self._slot(changed))
+        return images, rows.view(output.dtype).reshape(len(images), *output.shape[1:])
 
-    def _propagate(self, change: Change) -> Rows | None:
+    def _propagate(self, change: Change) -> Changed | None:
         """Run the units behind a change in their order, each on the images that changed so far."""
         network = self._network
-        assert network.cut is not None
-        changed: dict[str, Rows] = {}
+        changed: dict[str, Changed] = {}
         for index in network.active:
             unit = network.cut.units[index]
             faulty = {name: change[name] for name in change.keys() & unit.initializers}
             inputs = {name: changed[name] for name in unit.inputs if name in changed}
             if not faulty and not inputs:
                 continue
-            for name, rows in self._unit(index, inputs, faulty).items():
-                if len(rows.images):
-                    changed[name] = rows
+            for name, new in self._unit(index, inputs, faulty).items():
+                if len(new.images):
+                    changed[name] = new
             for name in unit.inputs:
                 if network.last_use[name] == index:
                     changed.pop(name, None)
         return changed.get(network.cut.output)
 
-    def _unit(self, index: int, inputs: dict[str, Rows], faulty: Change) -> dict[str, Rows]:
+    def _unit(self, index: int, inputs: dict[str, Changed], faulty: Change) -> dict[str, Changed]:
         """The outputs of one unit that change, given its changed inputs and initializers."""
         network = self._network
-        assert network.cut is not None
         unit = network.cut.units[index]
+        outputs = {name: self._output(name) for name in unit.outputs}
         layer = network.layers.get(index) if index in self._kept.sums else None
         n_taps = sum(len(offsets) for offsets, _ in faulty.values())
-        images = self._all if faulty else self._union(inputs)
-        outputs = {name: self._output(name, len(images)) for name in unit.outputs}
         if layer and network.group is None and faulty.keys() <= {layer.weight} and n_taps <= FEW:
             self._layer(index, layer, inputs, faulty, outputs[unit.outputs[0]])
         elif index in network.tables and not faulty:
-            self._elementwise(index, inputs, images, outputs[unit.outputs[0]])
+            self._elementwise(index, inputs, outputs[unit.outputs[0]])
+        elif index in network.pools:
+            self._pool(index, inputs, outputs[unit.outputs[0]])
         else:
+            images = self._all if faulty else self._union(inputs)
             self._dense(index, inputs, faulty, images, outputs)
-        return {name: self._made(name, output) for name, output in outputs.items()}
+        return {name: output.changed() for name, output in outputs.items()}
 
-    def _union(self, inputs: Mapping[str, Rows]) -> Images:
+    def _output(self, name: str) -> Output:
+        if name not in self._outputs:
+            self._outputs[name] = Output(self._kept.n, self._bytes[name].shape[1])
+        self._outputs[name].clear()
+        return self._outputs[name]
+
+    def _union(self, inputs: Mapping[str, Changed]) -> Images:
         """Images of any changed input; whole groups where images only run together."""
-        parts, group = [rows.images for rows in inputs.values()], self._network.group
+        parts, group = [changed.images for changed in inputs.values()], self._network.group
         if group is None and len(parts) == 1:
             return parts[0]
         images = np.unique(np.concatenate(parts))
@@ -521,109 +627,156 @@ class Fast:
         whole = (first[:, None] + np.arange(group)).reshape(-1)
         return whole[whole < self._kept.n]
 
-    def _output(self, name: str, n: int) -> Output:
-        """Room for n rows of a value; every trial uses the same."""
-        room = self._scratch.get(name)
-        if room is None or len(room) < n:
-            size = min(self._kept.n, max(n, 0 if room is None else 2 * len(room)))
-            room = self._scratch[name] = np.empty((size, self._bytes[name].shape[1]), np.uint8)
-        return Output(found=np.empty(n, np.int64), rows=room)
+    def _slot(self, changed: Changed) -> Images:
+        """(N,) for every image its place in `changed.images`, or -1."""
+        slot = np.full(self._kept.n, -1)
+        slot[changed.images] = np.arange(len(changed.images))
+        return slot
 
-    def _made(self, name: str, output: Output) -> Rows:
-        value = self._kept.values[name]
-        data = output.rows[: output.n].view(value.dtype)
-        return Rows(output.found[: output.n], data.reshape(output.n, *value.shape[1:]))
+    def _materialized(self, name: str, images: Images, changed: Changed, slot: Images) -> Bytes:
+        """(K, bytes) a value as some images have it: new where it changed, else the kept one."""
+        n_listed, at = len(changed.listed), slot[images]
+        if len(at) and at[0] >= n_listed and (np.diff(at) == 1).all():
+            return changed.rows[at[0] - n_listed : at[-1] - n_listed + 1]
+        rows = np.empty((len(images), self._bytes[name].shape[1]), np.uint8)
+        kernels.materialize(
+            self._bytes[name], images, at, n_listed, changed.first, changed.places, changed.codes,
+            changed.rows, rows,
+        )  # fmt: skip
+        return rows
 
     def _dense(
-        self, index: int, inputs: Mapping[str, Rows], faulty: Change, images: Images,
+        self, index: int, inputs: Mapping[str, Changed], faulty: Change, images: Images,
         outputs: Mapping[str, Output],
     ) -> None:  # fmt: skip
         """Run a unit on some images with onnxruntime; what comes out unchanged is dropped."""
-        network = self._network
-        assert network.cut is not None
+        network, kept = self._network, self._kept
         unit = network.cut.units[index]
         session = network.runner.session(index, network.faulty(faulty))
-        slots = {name: self._slot(rows) for name, rows in inputs.items()}
+        slots = {name: self._slot(changed) for name, changed in inputs.items()}
         for start in range(0, len(images), step := network.group or runtime.CHUNK):
             part = images[start : start + step]
-            feeds = [self._rows(name, part, inputs, slots) for name in unit.inputs]
+            feeds = [
+                self._materialized(name, part, inputs[name], slots[name])
+                .view(kept.values[name].dtype)
+                .reshape(len(part), *kept.values[name].shape[1:])
+                if name in inputs
+                else kept.values[name][part]
+                for name in unit.inputs
+            ]
             results = network.runner.run(session, index, feeds)
             for name, new in zip(unit.outputs, results, strict=True):
-                rows, differs = _bytes(new), np.empty(len(part), np.bool_)
-                kernels.differing(self._bytes[name], part, rows, differs)
-                output, k = outputs[name], int(differs.sum())
-                output.rows[output.n : output.n + k] = rows if k == len(part) else rows[differs]
-                output.found[output.n : output.n + k] = part[differs]
-                output.n += k
+                rows, found = outputs[name].room(len(part))
+                outputs[name].n_whole += kernels.differing(
+                    self._bytes[name], part, _bytes(new), rows, found
+                )
 
-    def _slot(self, rows: Rows) -> Images:
-        """(N,) for every image its row in `rows`, or -1."""
-        slot = np.full(self._kept.n, -1)
-        slot[rows.images] = np.arange(len(rows.images))
-        return slot
-
-    def _rows(
-        self, name: str, images: Images, inputs: Mapping[str, Rows], slots: Mapping[str, Images]
-    ) -> Array:
-        """The value as some images have it: new rows where there are any, else the kept ones."""
-        if name not in inputs:
-            return np.asarray(self._kept.values[name][images])
-        at = slots[name][images]
-        if (at >= 0).all():
-            return np.asarray(inputs[name].data[at])
-        data = self._kept.values[name][images]
-        data[at >= 0] = inputs[name].data[at[at >= 0]]
-        return np.asarray(data)
-
-    def _elementwise(
-        self, index: int, inputs: Mapping[str, Rows], images: Images, output: Output
-    ) -> None:
+    def _elementwise(self, index: int, inputs: Mapping[str, Changed], output: Output) -> None:
         """Look changed codes up in the table of an elementwise unit."""
         network = self._network
-        assert network.cut is not None
         unit = network.cut.units[index]
-        sides = []
-        for name in (unit.inputs[0], unit.inputs[-1]):
-            kept = self._bytes[name]
-            if name in inputs:
-                new = inputs[name].data.view(np.uint8).reshape(-1, kept.shape[1])
-                sides += [kept, new, self._slot(inputs[name])[images]]
-            else:
-                sides += [kept, kept[:0], np.full(len(images), -1)]
-        y = self._bytes[unit.outputs[0]]
-        output.n = kernels.elementwise(
-            *sides, *network.tables[index], y, images, output.rows, output.found
-        )
+        table, linear = network.tables[index]
+        images, y = self._union(inputs), self._bytes[unit.outputs[0]]
+        names = (unit.inputs[0], unit.inputs[-1])
+        sides = [inputs.get(name, NO_CHANGE) for name in names]
+        slots = [self._slot(side) for side in sides]
+        whole = np.zeros(len(images), np.bool_)  # an operand is a whole row
+        for side, slot in zip(sides, slots, strict=True):
+            whole |= slot[images] >= len(side.listed)
+        lists, k = images[~whole], 0
+        operands: list[Any] = [
+            operand
+            for name, side, slot in zip(names, sides, slots, strict=True)
+            for operand in (self._bytes[name], slot[lists], side.first, side.places, side.codes)
+        ]
+        while True:
+            k, output.n_listed, output.n_entries = kernels.elementwise_lists(
+                lists, k, *operands, table, y, *output.lists
+            )
+            if k == len(lists) or not output.grow():
+                break
+        images = np.concatenate([images[whole], lists[k:]])
+        values: list[Any] = [
+            operand
+            for name, side, slot in zip(names, sides, slots, strict=True)
+            for operand in (
+                self._bytes[name], slot[images], len(side.listed), side.first, side.places,
+                side.codes, side.rows.reshape(-1, y.shape[1]),
+            )
+        ]  # fmt: skip
+        rows, found = output.room(len(images))
+        output.n_whole += kernels.elementwise_rows(images, *values, table, linear, y, rows, found)
+
+    def _pool(self, index: int, inputs: Mapping[str, Changed], output: Output) -> None:
+        """Run a unit that makes one code of each channel on the channels that changed."""
+        network = self._network
+        unit, last_axis = network.cut.units[index], network.pools[index]
+        (name,), (target,) = unit.inputs, unit.outputs
+        new, value = inputs[name], network.cut.values[name]
+        x, y, dtype = self._bytes[name], self._bytes[target], self._kept.values[name].dtype
+        channels = y.shape[1]
+        shape = (*value.tail[:-1], 1) if last_axis else (1, *value.tail[1:])
+        planes = np.empty((PLANES + channels, x.shape[1] // channels), np.uint8)
+        numbers, which = (np.empty(len(planes), np.int64) for _ in range(2))
+        seen, k = np.empty(channels, np.int64), 0
+        session = network.runner.session(index)
+        whole = [new.whole]
+        while k < len(new.listed):
+            begin = k
+            k, m = kernels.changed_channels(
+                new.listed, k, x, new.first, new.places, new.codes, channels, last_axis, seen,
+                numbers, which, planes,
+            )  # fmt: skip
+            while (full := output.n_entries + m > output.capacity) and output.grow():
+                pass
+            if full:
+                whole.append(new.listed[begin:])
+                break
+            feed = planes[:m].view(dtype).reshape(m, *shape)
+            codes = _bytes(session.run(unit.outputs, {name: feed})[0]).reshape(-1)
+            output.n_listed, output.n_entries = kernels.list_channels(
+                new.listed, numbers[:m], which[:m], codes, y, *output.lists
+            )
+        images = np.concatenate(whole)
+        if len(images):
+            self._dense(index, inputs, {}, images, {target: output})
 
     def _layer(
-        self, index: int, layer: Layer, inputs: dict[str, Rows], faulty: Change, output: Output
+        self, index: int, layer: Layer, inputs: dict[str, Changed], faulty: Change, output: Output
     ) -> None:
         """Update an integer layer from its kept sums; images that changed too much run densely."""
         network = self._network
-        assert network.cut is not None
         unit = network.cut.units[index]
         (source,), (name,) = unit.inputs, unit.outputs
         taps, delta = self._taps(layer, faulty)
         x, y = layer.x(self._kept.values[source]), layer.y(self._kept.values[name])
         acc, g = self._kept.sums[index], layer.geometry
-        out = output.rows.reshape(-1, *layer.y_shape)
-        rows = inputs.get(source)
+        new = inputs.get(source, NO_CHANGE)
+        rows = new.rows.reshape(-1, *layer.x_shape)
+        dense = np.empty(len(new.images), np.int64)
+        n_dense = k = 0
+        rest = np.empty(0, np.int64)
         if faulty:
-            others = self._all if rows is None else np.delete(self._all, rows.images)
-            output.n = kernels.faulty_weights(
-                others, x, acc, y, layer.scale, g, taps, delta, out, output.found
-            )
-        if rows is None:
-            return
-        weights = layer.patched(taps, delta) if faulty else layer.weights
-        dense = np.empty(len(rows.images), np.int64)
-        n, n_dense = kernels.changed_inputs(
-            layer.x(rows.data), rows.images, x, acc, y, weights, layer.shift, layer.scale, g, taps,
-            delta, network.limits[index], out[output.n :], output.found[output.n :], dense,
-        )  # fmt: skip
-        output.n += n
-        if n_dense:
-            images = rows.images[dense[:n_dense]]
+            rest = np.delete(self._all, new.images) if len(new.images) else self._all
+            while True:
+                k, output.n_listed, output.n_entries = kernels.faulty_weights(
+                    rest, k, x, acc, y, layer.scale, g, taps, delta, *output.lists
+                )
+                if k == len(rest) or not output.grow():
+                    break
+            rest, k = rest[k:], 0
+        weights = layer.patched(taps, delta) if faulty and len(new.images) else layer.weights
+        while len(new.images):
+            k, n_dense, output.n_listed, output.n_entries = kernels.changed_inputs(
+                new.images, k, new.first, new.places, new.codes, rows, x, acc, y, weights,
+                layer.shift, layer.scale, g, taps, delta, network.limits[index], n_dense, dense,
+                *output.lists,
+            )  # fmt: skip
+            if k == len(new.images) or not output.grow():
+                break
+        left = new.images[k:] if len(new.images) else new.images
+        images = np.concatenate([rest, new.images[dense[:n_dense]], left])
+        if len(images):
             self._dense(index, inputs, faulty, images, {name: output})
 
     def _taps(self, layer: Layer, faulty: Change) -> tuple[Images, Images]:

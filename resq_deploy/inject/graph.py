@@ -25,6 +25,7 @@ from resq_deploy.errors import InputError
 
 Array = NDArray[Any]
 
+LAYOUT = {"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"}
 NOTHING: Mapping[str, TensorProto] = {}
 FLOATS = (np.float32, np.float64, np.float16)
 HEAVY = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"} | {
@@ -240,7 +241,10 @@ def cut(model: bytes, x: Array, *, fixed: int | None) -> Cut:
 
 
 def _merged(units: list[Unit], kept: Mapping[str, Value], output: str) -> list[Unit]:
-    """Float values with one reader are rarely worth keeping: their two units become one."""
+    """Float or merely rearranged values with one reader are rarely worth keeping.
+
+    The two units become one.
+    """
     readers: dict[str, list[Unit]] = {}
     for unit in units:
         for name in unit.inputs:
@@ -249,7 +253,7 @@ def _merged(units: list[Unit], kept: Mapping[str, Value], output: str) -> list[U
     for unit in units:
         (name, *more) = unit.outputs
         alone = not more and name != output and len(readers.get(name, [])) == 1
-        if alone and kept[name].dtype in FLOATS and not (unit.heavy and readers[name][0].heavy):
+        if alone and _worth_merging(unit, readers[name][0], kept[name]):
             (reader,) = readers[name]
             nodes = [*unit.nodes]
             nodes += [n for n in reader.nodes if not any(n is other for other in unit.nodes)]
@@ -263,6 +267,13 @@ def _merged(units: list[Unit], kept: Mapping[str, Value], output: str) -> list[U
         else:
             merged.append(unit)
     return merged
+
+
+def _worth_merging(unit: Unit, reader: Unit, between: Value) -> bool:
+    if unit.heavy or reader.heavy:
+        # layers stay alone: they are updated in parts
+        return between.dtype in FLOATS and not (unit.heavy and reader.heavy)
+    return between.dtype in FLOATS or all(n.op_type in LAYOUT for n in unit.nodes)
 
 
 def _needed(units: list[Unit], output: str) -> list[Unit]:
@@ -313,3 +324,10 @@ class Runner:
             output.reshape(-1, self.cut.values[name].rows, *self.cut.values[name].tail)
             for name, output in zip(unit.outputs, outputs, strict=True)
         ]
+
+    def attempt(self, index: int, feeds: Mapping[str, Array]) -> Array | None:
+        """The first output for inputs of another shape; None when the unit does not take them."""
+        try:
+            return np.asarray(self.session(index).run(self.cut.units[index].outputs, feeds)[0])
+        except Exception:  # onnxruntime's exceptions share no base class
+            return None

@@ -22,6 +22,7 @@ from numba import njit
 from resq_deploy.inject.simd import (
     add_codes,
     differences,
+    load_byte,
     lowest_bit,
     popcount,
     update_16,
@@ -35,9 +36,6 @@ Geometry = namedtuple(
     "groups x_flip x_zero y_flip y_zero",
 )
 """One layer in integers. `x_flip`, `y_flip`: 128 for signed codes, else 0."""
-
-SINGLE = 4
-"""Up to so many of 64 codes are looked up one by one."""
 
 
 def _compiled(function):
@@ -77,8 +75,12 @@ def _equal(a, b, start, stop):
 
 
 @_compiled
-def differing(golden, images, new, found):
-    """found[k] = does row k of bytes `new` (K, bytes) differ from row images[k] of `golden`?"""
+def differing(golden, images, new, rows, found):
+    """Keep the rows of bytes `new` (K, bytes) that differ from the rows `images` of `golden`.
+
+    They go into rows[:F], the numbers of their images into found[:F]; returns F.
+    """
+    n_found = 0
     for k in range(images.size):
         a, b = golden[images[k]], new[k]
         same = True
@@ -86,63 +88,62 @@ def differing(golden, images, new, found):
             same = same and _equal(a, b, start, min(start + 1024, a.size))
             if not same:
                 break
-        found[k] = not same
+        if not same:
+            found[n_found] = images[k]
+            rows[n_found] = b
+            n_found += 1
+    return n_found
 
 
 @_compiled
-def faulty_weights(images, x, acc, y, scale, g, taps, delta, out, found):
-    """Which of `images` change their output when a few weights of one layer change.
+def faulty_weights(
+    images, begin, x, acc, y, scale, g, taps, delta, n_found, count, found, first, places, codes
+):  # fmt: skip
+    """What changes in the output of a layer when a few of its weights change.
 
-    Their input is the golden one. `taps` (F, 4): output channel, input channel in its group, row
-    and column in the kernel of each weight, the weights of one output channel next to each other;
-    `delta` (F,): new minus old code.
-    Fills found[:F] with the numbers of the images that change, out[:F] with their rows of y;
-    returns F.
+    `images` are those that are looked at; their input is the golden one. `taps` (F, 4): output
+    channel, input channel in its group, row and column in the kernel of each weight, in ascending
+    order of the output channel; `delta` (F,): new minus old code.
+
+    Changes are listed as by all kernels: found[i] is an image that changes, places[first[i]:
+    first[i + 1]] are the places in its output, ascending, and codes[...] its new codes there. A
+    call begins at images[begin], behind `n_found` listed images and `count` entries, and returns
+    where it ended and these two: before the last image when the lists are too full for the next.
     """
-    n_found = 0
     height, width = x.shape[1], x.shape[2]
-    in_group, out_group = x.shape[3] // g.groups, acc.shape[3] // g.groups
+    n_out = acc.shape[3]
+    in_group, out_group = x.shape[3] // g.groups, n_out // g.groups
     rows, columns = acc.shape[1], acc.shape[2]
     zero, flip = np.int32(g.y_zero), np.int32(g.y_flip)
     x_zero, x_flip = np.int32(g.x_zero), np.int32(g.x_flip)
-    change = np.zeros((rows, columns), np.int32)
-    for n in images:
-        copied = False
-        first = 0
-        while first < delta.size:
-            o = taps[first, 0]
-            change[:] = 0
-            last = first
-            while last < delta.size and taps[last, 0] == o:
-                channel = o // out_group * in_group + taps[last, 1]
-                step = np.int32(delta[last])
-                down = taps[last, 2] * g.dilation_h - g.pad_h
-                right = taps[last, 3] * g.dilation_w - g.pad_w
-                # the columns whose tap lies inside of the image
-                start = max(0, (-right + g.stride_w - 1) // g.stride_w)
-                stop = min(columns, (width - 1 - right) // g.stride_w + 1)
-                for p in range(rows):
-                    i = p * g.stride_h + down
-                    if 0 <= i < height:
-                        for q in range(start, stop):
-                            code = np.int32(x[n, i, q * g.stride_w + right, channel]) ^ x_flip
-                            change[p, q] += step * (code - x_zero)
-                last += 1
-            for p in range(rows):
-                for q in range(columns):
-                    if change[p, q] != 0:
-                        sums = np.int32(acc[n, p, q, o] + change[p, q])
+    for k in range(begin, images.size):
+        n = images[k]
+        before = count
+        if count + rows * columns * delta.size > places.size:
+            return k, n_found, count
+        for p in range(rows):
+            for q in range(columns):
+                change = np.int32(0)
+                for f in range(delta.size):
+                    o = taps[f, 0]
+                    i = p * g.stride_h - g.pad_h + taps[f, 2] * g.dilation_h
+                    j = q * g.stride_w - g.pad_w + taps[f, 3] * g.dilation_w
+                    if 0 <= i < height and 0 <= j < width:
+                        c = o // out_group * in_group + taps[f, 1] if g.groups > 1 else taps[f, 1]
+                        code = np.int32(x[n, i, j, c]) ^ x_flip
+                        change += np.int32(delta[f]) * (code - x_zero)
+                    if change != 0 and (f + 1 == delta.size or taps[f + 1, 0] != o):
+                        sums = np.int32(acc[n, p, q, o] + change)
                         code = _requantize(sums, scale[o], zero, flip)
-                        if code != y[n, p, q, o]:
-                            if not copied:
-                                copied = True
-                                out[n_found] = y[n]
-                            out[n_found, p, q, o] = code
-            first = last
-        if copied:
-            found[n_found] = n
+                        places[count] = (p * columns + q) * n_out + o
+                        codes[count] = code
+                        count += code != y[n, p, q, o]
+                        change = np.int32(0)
+        if count > before:
+            found[n_found], first[n_found] = n, before
             n_found += 1
-    return n_found
+            first[n_found] = count
+    return images.size, n_found, count
 
 
 @_compiled
@@ -217,16 +218,37 @@ def _update(
 
 
 @_compiled
-def changed_inputs(
-    new, images, x, acc, y, weights, shift, scale, g, taps, delta, limit, out, found, dense
-):
-    """Output rows of images whose input changed a little, from the kept accumulators.
+def _listed(places, codes, before, flip, width, channels, key, step, start):
+    """`_changed_codes` from a list of changes instead of an image."""
+    pixel = row_start = 0
+    start[0] = 0
+    row_size = width * channels
+    for count in range(places.size):
+        j = np.int64(places[count])
+        while j >= (pixel + 1) * channels:
+            pixel += 1
+            start[pixel] = count
+        while j >= row_start + row_size:
+            row_start += row_size
+        key[count] = j - row_start
+        step[count] = np.int32(codes[count] ^ flip) - np.int32(before[j] ^ flip)
+    for i in range(pixel + 1, start.size):
+        start[i] = places.size
 
-    `new` (K, H, W, C) are the changed rows of x for the numbers `images`; `weights` and
-    `shift` as in `layers.Layer`, with faulty weights changed, which `taps` and `delta` list as in
-    `faulty_weights`. Where more than `limit` input codes differ nothing is computed, and the row
-    number goes into `dense`. Fills found[:F] with the numbers of images whose output changes,
-    out[:F] with their rows, dense[:D] with row numbers of `new`; returns F, D.
+
+@_compiled
+def changed_inputs(
+    images, begin, in_first, in_places, in_codes, new, x, acc, y, weights, shift, scale, g, taps,
+    delta, limit, n_dense, dense, n_found, count, found, first, places, codes,
+):  # fmt: skip
+    """What changes in the output of a layer whose input changed a little.
+
+    `images`: the first of them have their changes listed (`in_first`, `in_places`, `in_codes`, as
+    `faulty_weights` lists them), the others have whole rows `new` (K, H, W, C). `weights` and
+    `shift` as in `layers.Layer`, faulty weights changed, which `taps` and `delta` say as in
+    `faulty_weights`. Images with more than `limit` changed codes are not computed; their positions
+    in `images` go into `dense`, of which `n_dense` are used. Lists changes as `faulty_weights`;
+    returns where it ended, and n_dense, n_found and count.
     """
     height, width, channels = x.shape[1], x.shape[2], x.shape[3]
     rows, columns, n_out = acc.shape[1], acc.shape[2], acc.shape[3]
@@ -240,7 +262,7 @@ def changed_inputs(
     # Copies of one position, filled up: vectors must not read behind the end of an array, and sums
     # get what does not come from changed inputs.
     sums, before_codes = np.zeros(padded, np.int32), np.zeros(padded, np.uint8)
-    codes, factors = np.empty(padded, np.uint8), np.zeros(padded, np.float32)
+    after_codes, factors = np.empty(padded, np.uint8), np.zeros(padded, np.float32)
     shifted = False
     for o in range(n_out):
         factors[o] = scale[o]
@@ -248,16 +270,28 @@ def changed_inputs(
     plain = g.groups == 1 and not shifted and delta.size == 0 and padded == n_out
     # Where the columns of the kernel are neighbours, one row of it is one range of entries.
     together = g.kernel_w if g.dilation_w == 1 else 1
-    n_found = n_dense = 0
-    for k in range(images.size):
+    n_lists = in_first.size - 1
+    for k in range(begin, images.size):
         n = images[k]
-        before, after = x[n].reshape(-1), new[k].reshape(-1)
-        if _count_different(before.ctypes.data, after.ctypes.data, before.size) > limit:
-            dense[n_dense] = k
-            n_dense += 1
-            continue
-        _changed_codes(before, after, x_flip, width, channels, key, step, start)
-        copied = False
+        if count + acc[n].size > places.size:
+            return k, n_dense, n_found, count
+        before = x[n].reshape(-1)
+        if k < n_lists:
+            from_, to = in_first[k], in_first[k + 1]
+            if to - from_ > limit:
+                dense[n_dense] = k
+                n_dense += 1
+                continue
+            _listed(in_places[from_:to], in_codes[from_:to], before, x_flip, width, channels, key,
+                    step, start)  # fmt: skip
+        else:
+            after = new[k - n_lists].reshape(-1)
+            if _count_different(before.ctypes.data, after.ctypes.data, before.size) > limit:
+                dense[n_dense] = k
+                n_dense += 1
+                continue
+            _changed_codes(before, after, x_flip, width, channels, key, step, start)
+        entries = count
         for p in range(rows):
             for q in range(columns):
                 n_ranges = 0
@@ -270,12 +304,12 @@ def changed_inputs(
                         left, right = max(j, 0), min(j + together, width)
                         if left >= right:
                             continue
-                        first, last = start[i * width + left], start[i * width + right]
-                        if first == last:
+                        low, high = start[i * width + left], start[i * width + right]
+                        if low == high:
                             continue
                         # weights[a, b, c] is row (a * kernel_w + b) * channels + c of the table,
                         # and key = (j + b) * channels + c
-                        ranges[n_ranges, 0], ranges[n_ranges, 1] = first, last
+                        ranges[n_ranges, 0], ranges[n_ranges, 1] = low, high
                         ranges[n_ranges, 2] = (a * g.kernel_w + b - j) * channels
                         n_ranges += 1
                 if n_ranges == 0 and delta.size == 0:
@@ -286,7 +320,7 @@ def changed_inputs(
                 if not plain:
                     for o in range(n_out):
                         sums[o], before_codes[o] = acc[n, p, q, o], y[n, p, q, o]
-                        codes[o] = 0
+                        after_codes[o] = 0
                     source, compared = sums.ctypes.data, before_codes.ctypes.data
                     if shifted and g.groups == 1:
                         total = np.int32(0)
@@ -316,80 +350,202 @@ def changed_inputs(
                             code = np.int32(x[n, i, j, c] ^ x_flip)
                             sums[o] += np.int32(delta[f]) * (code - x_zero)
                 changed = _update(
-                    source, compared, codes.ctypes.data, factors.ctypes.data, g.y_zero, g.y_flip,
-                    weights.ctypes.data, padded, n_out, ranges.ctypes.data, n_ranges,
+                    source, compared, after_codes.ctypes.data, factors.ctypes.data, g.y_zero,
+                    g.y_flip, weights.ctypes.data, padded, n_out, ranges.ctypes.data, n_ranges,
                     key.ctypes.data, step.ctypes.data,
                 )  # fmt: skip
                 if not changed:
                     continue
-                if not plain:  # filled up places differ for nothing
-                    changed = False
-                    for o in range(n_out):
-                        changed = changed or codes[o] != y[n, p, q, o]
-                    if not changed:
-                        continue
-                if not copied:
-                    copied = True
-                    out[n_found] = y[n]
-                for o in range(n_out):
-                    out[n_found, p, q, o] = codes[o]
-        if copied:
-            found[n_found] = n
+                place = (p * columns + q) * n_out
+                at = 0
+                while at + 64 <= n_out:
+                    mask = differences(
+                        after_codes.ctypes.data + at, y.ctypes.data + here * n_out + at
+                    )
+                    while mask:
+                        o = at + lowest_bit(mask)
+                        mask &= mask - np.uint64(1)
+                        places[count], codes[count] = place + o, after_codes[o]
+                        count += 1
+                    at += 64
+                for o in range(at, n_out):  # written always, kept only where it differs
+                    places[count], codes[count] = place + o, after_codes[o]
+                    count += after_codes[o] != y[n, p, q, o]
+        if count > entries:
+            found[n_found], first[n_found] = n, entries
             n_found += 1
-    return n_found, n_dense
+            first[n_found] = count
+    return images.size, n_dense, n_found, count
 
 
 @_compiled
-def elementwise(a, new_a, row_a, b, new_b, row_b, table, linear, y, images, out, found):
-    """Output rows of an operator that maps pairs of codes to codes, element by element.
+def materialize(kept, images, at, n_listed, first, places, codes, rows, out):
+    """Whole rows `out` (K, bytes) of a value: the kept ones, with the changes listed or as rows.
 
-    `a`, `b`, `y` (N, bytes) are kept; image images[k] has the row row_a[k] of `new_a` (-1: its kept
-    row), and likewise b. `table` (65536,): output byte for 256 * a + b. `linear` (3,) float32: the
-    factors of a and b and the constant with which `simd.add_codes` gives that table; NaN where it
-    does not. Fills found[:F] and out[:F] as `changed_inputs` does; returns F.
+    at[k] is where image images[k] stands among the changed ones, of which the first `n_listed` have
+    lists and the others `rows`; -1: it is not changed.
+    """
+    for k in range(images.size):
+        if at[k] >= n_listed:
+            out[k] = rows[at[k] - n_listed]
+            continue
+        out[k] = kept[images[k]]
+        if at[k] >= 0:
+            for e in range(first[at[k]], first[at[k] + 1]):
+                out[k, places[e]] = codes[e]
+
+
+@_compiled
+def elementwise_lists(
+    images, begin, a, row_a, first_a, places_a, codes_a, b, row_b, first_b, places_b, codes_b,
+    table, y, n_found, count, found, first, places, codes,
+):  # fmt: skip
+    """What changes in the output of an operator that maps pairs of codes to codes.
+
+    `a`, `b`, `y` (N, bytes) are kept; the changes of image images[k] in a are the list number
+    row_a[k] (-1: none), and likewise in b. `table` (65536,): output byte for 256 * a + b. Lists and
+    returns as `faulty_weights`.
+    """
+    for k in range(begin, images.size):
+        n = images[k]
+        i = end_a = j = end_b = 0
+        if row_a[k] >= 0:
+            i, end_a = first_a[row_a[k]], first_a[row_a[k] + 1]
+        if row_b[k] >= 0:
+            j, end_b = first_b[row_b[k]], first_b[row_b[k] + 1]
+        entries = count
+        if count + end_a - i + end_b - j > places.size:
+            return k, n_found, count
+        while i < end_a or j < end_b:
+            place_a = np.int64(places_a[i]) if i < end_a else np.int64(2**62)
+            place_b = np.int64(places_b[j]) if j < end_b else np.int64(2**62)
+            place = min(place_a, place_b)
+            one, two = a[n, place], b[n, place]
+            if place_a == place:
+                one = codes_a[i]
+                i += 1
+            if place_b == place:
+                two = codes_b[j]
+                j += 1
+            code = table[(np.int64(one) << 8) | np.int64(two)]
+            places[count], codes[count] = place, code
+            count += code != y[n, place]
+        if count > entries:
+            found[n_found], first[n_found] = n, entries
+            n_found += 1
+            first[n_found] = count
+    return images.size, n_found, count
+
+
+@njit(inline="always", error_model="numpy")
+def _row(kept, n, at, n_listed, first, places, codes, rows, scratch):
+    """Address of the bytes of one image of a value (`materialize`)."""
+    size = kept.shape[1]
+    if at >= n_listed:
+        return rows.ctypes.data + (at - n_listed) * size
+    if at < 0:
+        return kept.ctypes.data + n * size
+    scratch[:] = kept[n]
+    for e in range(first[at], first[at + 1]):
+        scratch[places[e]] = codes[e]
+    return scratch.ctypes.data
+
+
+@_compiled
+def elementwise_rows(
+    images, a, at_a, listed_a, first_a, places_a, codes_a, rows_a, b, at_b, listed_b, first_b,
+    places_b, codes_b, rows_b, table, linear, y, out, found,
+):  # fmt: skip
+    """The output rows of images of which an operand is a whole new row.
+
+    The operands are given as `materialize` takes them. `linear` (3,) float32: the factors of a and
+    b and the constant with which `simd.add_codes` gives the table; NaN where it does not. Fills
+    found[:F] and out[:F]; returns F.
     """
     n_found = 0
-    codes = np.empty(64, np.uint8)
-    vectors = linear[0] == linear[0]
     size = y.shape[1]
+    vectors = linear[0] == linear[0]
+    scratch_a, scratch_b = np.empty(size, np.uint8), np.empty(size, np.uint8)
     for k in range(images.size):
-        n, i, j = images[k], row_a[k], row_b[k]
-        old_a, old_b = a.ctypes.data + n * size, b.ctypes.data + n * size
-        now_a = old_a if i < 0 else new_a.ctypes.data + i * size
-        now_b = old_b if j < 0 else new_b.ctypes.data + j * size
-        copied = False
-        for at in range(0, size, 64):
-            if at + 64 <= size:
-                mask = differences(now_a + at, old_a + at) | differences(now_b + at, old_b + at)
-            else:  # the end of a row: look at every byte
-                mask = (np.uint64(1) << np.uint64(size - at)) - np.uint64(1)
-            if vectors and at + 64 <= size and popcount(mask) > SINGLE:
-                changed = add_codes(
-                    now_a + at, now_b + at, y.ctypes.data + n * size + at, codes.ctypes.data,
-                    linear[0], linear[1], linear[2],
+        n = images[k]
+        one = _row(a, n, at_a[k], listed_a, first_a, places_a, codes_a, rows_a, scratch_a)
+        two = _row(b, n, at_b[k], listed_b, first_b, places_b, codes_b, rows_b, scratch_b)
+        at, changed = 0, False
+        if vectors:
+            while at + 64 <= size:
+                mask = add_codes(
+                    one + at, two + at, y.ctypes.data + n * size + at,
+                    out.ctypes.data + n_found * size + at, linear[0], linear[1], linear[2],
                 )  # fmt: skip
-                if changed:
-                    if not copied:
-                        copied = True
-                        out[n_found] = y[n]
-                    for i_code in range(64):
-                        out[n_found, at + i_code] = codes[i_code]
-                continue
-            while mask:
-                place = at + lowest_bit(mask)
-                mask &= mask - np.uint64(1)
-                one = a[n, place] if i < 0 else new_a[i, place]
-                two = b[n, place] if j < 0 else new_b[j, place]
-                code = table[(np.int64(one) << 8) | np.int64(two)]
-                if code != y[n, place]:
-                    if not copied:
-                        copied = True
-                        out[n_found] = y[n]
-                    out[n_found, place] = code
-        if copied:
+                changed = changed or mask != 0
+                at += 64
+        for place in range(at, size):
+            code = table[(np.int64(load_byte(one + place)) << 8) | np.int64(load_byte(two + place))]
+            out[n_found, place] = code
+            changed = changed or code != y[n, place]
+        if changed:
             found[n_found] = n
             n_found += 1
     return n_found
+
+
+@_compiled
+def changed_channels(
+    images, begin, x, first, places, codes, channels, last_axis, seen, numbers, which, planes
+):
+    """Gather the channels that listed changes touch, each as the plane that it has become.
+
+    x (N, bytes) kept, with `channels` along the last axis or the first one. Plane m becomes
+    planes[m] (pixels,): channel which[m] of the image at numbers[m] in `images`. `seen` (channels,)
+    is scratch. Begins at images[begin]; returns where it ended, before an image whose channels do
+    not fit any more, and the number of planes.
+    """
+    pixels = x.shape[1] // channels
+    count = 0
+    seen[:] = -1
+    for k in range(begin, images.size):
+        if count + min(channels, first[k + 1] - first[k]) > planes.shape[0]:
+            return k, count
+        start = count
+        for e in range(first[k], first[k + 1]):
+            place = np.int64(places[e])
+            c = place % channels if last_axis else place // pixels
+            pixel = place // channels if last_axis else place % pixels
+            if seen[c] < start:
+                seen[c] = count
+                numbers[count], which[count] = k, c
+                for i in range(pixels):
+                    at = i * channels + c if last_axis else c * pixels + i
+                    planes[count, i] = x[images[k], at]
+                count += 1
+            planes[seen[c], pixel] = codes[e]
+    return images.size, count
+
+
+@_compiled
+def list_channels(images, numbers, which, new, y, n_found, count, found, first, places, codes):
+    """List the planes whose output changed: one byte `new` (M,) for each, at place which[m] of y.
+
+    As `faulty_weights`; places of one image come in the order of the planes.
+    """
+    m = 0
+    while m < numbers.size:
+        k, entries = numbers[m], count
+        while m < numbers.size and numbers[m] == k:
+            if new[m] != y[images[k], which[m]]:
+                # keep the places of an image ascending
+                at = count
+                while at > entries and places[at - 1] > which[m]:
+                    places[at], codes[at] = places[at - 1], codes[at - 1]
+                    at -= 1
+                places[at], codes[at] = which[m], new[m]
+                count += 1
+            m += 1
+        if count > entries:
+            found[n_found], first[n_found] = images[k], entries
+            n_found += 1
+            first[n_found] = count
+    return n_found, count
 
 
 @_compiled

@@ -35,6 +35,16 @@ def differences(typingctx, a, b):
 
 
 @intrinsic
+def load_byte(typingctx, address):
+    """The byte at an address."""
+
+    def codegen(context, builder, signature, args):
+        return _load(builder, args[0], I8)
+
+    return types.uint8(types.int64), codegen
+
+
+@intrinsic
 def lowest_bit(typingctx, mask):
     """Number of the lowest set bit of a mask that is not 0."""
 
