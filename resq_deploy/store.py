@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class Header:
     seed: int
     """Root seed, >= 0."""
     engine: str
-    reloaded: dict[str, str]
+    reloaded: dict[str, str] = field(default_factory=dict)
     """Tensors whose faults the fast engine leaves to the reload engine, and why."""
     shard: str
     """`i/n`: the trials with trial % n == i; `0/1` is all of them."""
@@ -111,8 +111,8 @@ def check_same(field: str, a: Any, b: Any, *, where: str) -> None:
 def check_same_campaign(a: Header, b: Header, *, where: str) -> None:
     """HeaderMismatch naming the first field in which two headers are not one campaign."""
     left, right = _identity(a), _identity(b)
-    for field in left:
-        check_same(field, left[field], right[field], where=where)
+    for name in left:
+        check_same(name, left[name], right[name], where=where)
 
 
 @contextmanager

@@ -10,9 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy import metrics
-from resq_deploy.records import Count, Trial
-
-OUTCOMES = ("masked", "benign", "sdc")
+from resq_deploy.records import OUTCOMES, Count, Trial
 
 
 def accuracy(count: Count, confidence: float) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from resq_deploy import metrics
+from resq_deploy.records import OUTCOMES
 from resq_deploy.report import counts, figures, table
 from resq_deploy.report.sources import (
     BASELINE,
@@ -154,7 +155,7 @@ def _outcome_grid(campaigns: dict[str, Campaign], confidence: float) -> Grid:
         found = counts.outcomes(campaign.trials, confidence)
         accuracy = counts.fault_accuracy(campaign.trials, confidence)
         row = {"file": label, "trials": found["n_trials"], "images": campaign.header.n_images}
-        for name in counts.OUTCOMES:
+        for name in OUTCOMES:
             title = f"{'SDC' if name == 'sdc' else name}, %"
             row[title] = f"{found[name]['n']}: {table.percent(found[name])}"
         if not campaign.by_rate:  # over all rates of a sweep together it would mean nothing
