@@ -225,7 +225,7 @@ class TestExport:
             outputs[level] = runtime.run(session, runtime.adapt(pixels, session))
         for level, other in outputs.items():
             result = checks.parity(("torch", level), ours, other, step=output_step(net))
-            assert result.holds or result.max_steps <= STEPS.get(name, 0), result
+            assert result.max_steps <= STEPS.get(name, 2), result
             assert result.argmax_decided_equal == result.argmax_decided
 
     def test_clipping_changes_codes_and_keeps_the_export_valid(
