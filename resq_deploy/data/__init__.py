@@ -10,11 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from resq_deploy import recipe
 from resq_deploy.data import cifar, digits, gtsrb, imagefolder, npz
 from resq_deploy.data.base import Dataset, Split, Splits, hold_out
 from resq_deploy.errors import InputError
+
+if TYPE_CHECKING:  # a campaign loads data without recipes, whose library it need not load
+    from resq_deploy import recipe
 
 ROOT_VARIABLE = "RESQ_DATA"
 

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 
 from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError
-from resq_deploy.inject import graph, kernels, layers, memory
+from resq_deploy.inject import activations, graph, kernels, layers, memory
 from resq_deploy.inject.graph import Cut, Runner
 from resq_deploy.inject.layers import Layer
-from resq_deploy.inject.memory import Change
+from resq_deploy.inject.memory import Change, Flips
 from resq_deploy.inject.reload import Reload
-from resq_deploy.inject.space import Discovery
+from resq_deploy.inject.space import ACTIVATION, Discovery
 
 Array = NDArray[Any]
 Images = NDArray[np.int64]
@@ -199,6 +199,7 @@ class Network:
         self.pools: dict[int, bool] = {}
         """Units that make one code of every channel: are the channels the last axis?"""
         self._types = {tensor.name: tensor for tensor in found.space.tensors}
+        self._between = {t.name for t in found.space.tensors if t.target == ACTIVATION}
         x = runtime.adapt(x, session)
         if runtime.saturates() if precise is None else precise:
             self.why = (
@@ -206,7 +207,7 @@ class Network:
             )
             return
         try:
-            self.cut = graph.cut(self._model, x, fixed=self.group)
+            self.cut = graph.cut(self._model, x, fixed=self.group, apart=self._between)
         except InputError as error:
             self.why = str(error)
             return
@@ -232,10 +233,12 @@ class Network:
         }
 
     def _find_in_place(self) -> set[str]:
-        """Tensors that the optimized graph holds as the file does."""
+        """Tensors that the optimized graph holds as the file does, and its activations."""
         stored = {proto.name: proto for proto in self._found.model.graph.initializer}
-        same = set()
+        same = self._between & self.cut.values.keys()
         for name, tensor in self._types.items():
+            if name in self._between:
+                continue
             mine, theirs = stored[name], self.cut.initializers.get(name)
             if theirs is None or tensor.target not in IN_PLACE:
                 continue
@@ -248,9 +251,9 @@ class Network:
 
     def _reach(self) -> None:
         """Find the units that a fault can reach, and the values that must be kept for them."""
-        reached: set[str] = set()
+        reached: set[str] = self._between & self._in_place
         self.active: list[int] = []
-        wanted: set[str] = set()
+        wanted: set[str] = set(reached)
         for index, unit in enumerate(self.cut.units):
             if unit.initializers & self._in_place or reached & set(unit.inputs):
                 reached.update(unit.outputs)
@@ -260,6 +263,7 @@ class Network:
         self.last_use = {
             name: max(users) for name, users in self.cut.consumers.items() if name in wanted
         }
+        self.made = {name for index in self.active for name in self.cut.units[index].outputs}
 
     def _probe(self, x: Array) -> None:
         """Run some images every way that will be used: what is not exactly equal is not used."""
@@ -293,6 +297,9 @@ class Network:
     def _agrees(self, name: str, sample: Kept, x: Array) -> bool:
         """Does a fault in the middle of a tensor give what the reload engine gives?"""
         tensor = self._types[name]
+        if name in self._between:
+            change: Change = {name: Flips(np.array([tensor.size // 2]), np.array([4], np.uint8))}
+            return self._same(change, sample, x)
         stored = np.frombuffer(self._found_raw(name), np.uint8)
         codes = (
             bits.unpack(stored, tensor.size, tensor.dtype)
@@ -300,7 +307,10 @@ class Network:
             else stored.view(tensor.dtype)
         )
         offset = np.array([tensor.size // 2])
-        change: Change = {name: (offset, codes[offset] ^ codes.dtype.type(1 << 2))}
+        change = {name: (offset, codes[offset] ^ codes.dtype.type(1 << 2))}
+        return self._same(change, sample, x)
+
+    def _same(self, change: Change, sample: Kept, x: Array) -> bool:
         return Fast(self, sample, x).run(change).tobytes() == self.reload(x).run(change).tobytes()
 
     def _found_raw(self, name: str) -> bytes:
@@ -331,20 +341,23 @@ class Network:
         )
 
     def _time(self, index: int, sample: Kept) -> float:
-        """Seconds that a unit takes for one image."""
+        """Seconds of computing that a unit takes for one image."""
         n = self.group or CALIBRATION
         feeds = [sample.values[name][:n] for name in self.cut.units[index].inputs]
         session, seconds = self.runner.session(index), []
         for _ in range(4):
-            start = time.perf_counter()
+            start = time.thread_time()
             self.runner.run(session, index, feeds)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
         return min(seconds) / n
 
     def share_behind(self, names: Iterable[str]) -> float:
         """The part of the run time of the network behind the first unit that reads `names`."""
-        hit = {i for i in self.active if self.cut.units[i].initializers & set(names)}
-        behind = sum(self._seconds[i] for i in self.active if i >= min(hit))
+        units, hit = self.cut.units, set(names)
+        first = [i for i in self.active if hit & (units[i].initializers | set(units[i].inputs))]
+        if not first:
+            return 0.0
+        behind = sum(self._seconds[i] for i in self.active if i >= first[0])
         return behind / sum(self._seconds.values())
 
     def _limit(self, index: int) -> int:
@@ -519,6 +532,9 @@ class Network:
     def whole(self, change: Change, x: Array) -> Array:
         """Output (N, ...) of the whole optimized graph, already optimized, under a change."""
         model = self.cut.whole_model([self.cut.output], self.faulty(change))
+        masks = self.masks(change)
+        if masks:
+            model = activations.strike(onnx.load_from_string(model), masks).SerializeToString()
         session = runtime.build(model, level="off", precise=self._precise)
         return runtime.run(session, runtime.adapt(x, self._session))
 
@@ -526,10 +542,20 @@ class Network:
         """The initializers of the optimized graph with changed elements."""
         changed = {}
         for name, (offsets, values) in change.items():
+            if name in self._between:
+                continue
             changed[name] = onnx.TensorProto()
             changed[name].CopyFrom(self.cut.initializers[name])
             memory.write(changed[name], self._types[name].dtype, offsets, values)
         return changed
+
+    def masks(self, change: Change) -> dict[str, Array]:
+        """What is flipped in the activations of a change, as `activations.strike` takes it."""
+        return {
+            name: entry.dense(self._types[name])
+            for name, entry in change.items()
+            if isinstance(entry, Flips)
+        }
 
 
 class Fast:
@@ -577,13 +603,18 @@ class Fast:
         """Run the units behind a change in their order, each on the images that changed so far."""
         network = self._network
         changed: dict[str, Changed] = {}
+        flips = {name: entry for name, entry in change.items() if isinstance(entry, Flips)}
+        for name in flips.keys() - network.made:  # nothing can change it before
+            changed[name] = self._flipped(name, flips[name], NO_CHANGE)
         for index in network.active:
             unit = network.cut.units[index]
             faulty = {name: change[name] for name in change.keys() & unit.initializers}
             inputs = {name: changed[name] for name in unit.inputs if name in changed}
-            if not faulty and not inputs:
-                continue
-            for name, new in self._unit(index, inputs, faulty).items():
+            outputs = self._unit(index, inputs, faulty) if faulty or inputs else {}
+            for name in unit.outputs:
+                new = outputs.get(name, NO_CHANGE)
+                if name in flips:
+                    new = self._flipped(name, flips[name], new)
                 if len(new.images):
                     changed[name] = new
             for name in unit.inputs:
@@ -608,6 +639,27 @@ class Fast:
             images = self._all if faulty else self._union(inputs)
             self._dense(index, inputs, faulty, images, outputs)
         return {name: output.changed() for name, output in outputs.items()}
+
+    def _flipped(self, name: str, flips: Flips, new: Changed) -> Changed:
+        """The changes of a value whose bits flip in all images after the changes `new`."""
+        images, kept = self._all, self._bytes[name]
+        n, size = len(flips.offsets), kept.shape[1]
+        if not len(new.images) and n < size // 5:  # lists that take no more room than rows
+            return Changed(
+                listed=images,
+                first=np.arange(len(images) + 1) * n,
+                places=np.tile(flips.offsets.astype(np.int32), len(images)),
+                codes=(kept[:, flips.offsets] ^ flips.masks).reshape(-1),
+                whole=NO_CHANGE.whole,
+                rows=NO_CHANGE.rows,
+            )
+        rows = self._materialized(name, images, new, self._slot(new)) if len(new.images) else kept
+        rows = np.array(rows)
+        rows[:, flips.offsets] ^= flips.masks
+        output = self._output(name)
+        room, found = output.room(len(images))
+        output.n_whole += kernels.differing(kept, images, rows, room, found)
+        return output.changed()
 
     def _output(self, name: str) -> Output:
         if name not in self._outputs:

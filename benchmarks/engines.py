@@ -1,0 +1,434 @@
+"""How fast is the fast engine: against reload, against its bound, against PyTorch; and why.
+
+    python benchmarks/engines.py --root DIR                  # everything, every network
+    python benchmarks/engines.py --root DIR --net resnet8 --images 200 --trials 20
+    python benchmarks/engines.py --root DIR --write docs/engine.md
+
+Prints tables; with --write they go into a page. Both engines see the same faults and images,
+single flips drawn as `inject --trials` draws them, in one process with one thread, taking turns,
+so that what else the machine does meets both. Networks with models/cifar10-NET.float.safetensors
+have those weights, the others fresh ones with batch statistics of CIFAR-10 ("fresh"); all are
+quantized by calibration alone. PyTorchFI is compared with where it is installed
+(`pip install --no-deps pytorchfi==0.6.0`).
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import contextlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tabulate import tabulate
+
+from resq_deploy import data, runtime
+from resq_deploy.data import Dataset
+from resq_deploy.export.qdq import qdq
+from resq_deploy.inject import faults, kernels, space
+from resq_deploy.inject.fast import Fast, Network
+from resq_deploy.inject.memory import Change, Memory
+from resq_deploy.inject.reload import Reload
+from resq_deploy.nets import build, checkpoint
+from resq_deploy.nets.quantized import calibrate, quantize
+
+ROOT = Path(__file__).parent.parent
+NETS = (
+    "resnet8", "resnet20", "resnet18", "vgg16", "mobilenetv2", "efficientnet_b0", "swin_tiny",
+)  # fmt: skip
+WANTED = {"resnet18": 20, "resnet20": 8, "resnet8": 8, "vgg16": 10, "efficientnet_b0": 4,
+          "swin_tiny": 4}  # fmt: skip
+KINDS = {
+    "faulty_weights": "faulty layer", "changed_inputs": "layers behind, changed sums",
+    "elementwise_lists": "additions", "elementwise_rows": "additions",
+    "differing": "comparison", "materialize": "gathering", "changed_channels": "pooling",
+    "list_channels": "pooling",
+}  # fmt: skip
+
+
+@dataclass
+class Subject:
+    """A network in every form that is measured."""
+
+    name: str
+    trained: bool
+    net: torch.nn.Module
+    int8: torch.nn.Module
+    model: bytes
+
+
+def subject(name: str, images: Dataset) -> Subject:
+    """Build, quantize by calibration, export."""
+    weights = ROOT / "models" / f"cifar10-{name}.float.safetensors"
+    net = build(name, n_classes=10, in_channels=3)
+    x = torch.from_numpy(images.x[:512] / np.float32(255))
+    if weights.is_file():
+        checkpoint.load_state(net, checkpoint.read_tensors(weights), str(weights))
+    else:
+        with torch.no_grad():
+            for start in range(0, len(x), 64):
+                net.train()(x[start : start + 64])
+    int8 = quantize(net.eval())
+    calibrate(int8, x[:256])
+    model = qdq(int8.eval(), (3, 32, 32), opset=19, ir_version=10)
+    return Subject(name, weights.is_file(), net, int8, model.SerializeToString())
+
+
+class Counted(Fast):
+    """The fast engine, counting the multiplications that its faults reach."""
+
+    reached = 0
+
+    def _unit(self, index: int, inputs: Any, faulty: Change) -> Any:
+        layer = self._network.layers.get(index)
+        if layer is not None and inputs:
+            self.reached += layer.macs * sum(len(c.images) for c in inputs.values())
+        return super()._unit(index, inputs, faulty)
+
+
+@dataclass
+class Bench:
+    """One file, its images, and both engines ready."""
+
+    subject: Subject
+    images: Dataset
+    n_trials: int
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def __post_init__(self) -> None:
+        found = space.discover(runtime.parse_model(self.subject.model))
+        self.found, self.memory = found, Memory.of(found)
+        start = time.perf_counter()
+        self.network = Network(found, self.images.x)
+        self.prepare = time.perf_counter() - start
+        start = time.perf_counter()
+        self.kept = self.network.keep(self.images.x)
+        self.keep = time.perf_counter() - start
+        self.fast = Counted(self.network, self.kept, self.images.x)
+        self.reload = Reload(found.model, found.space, self.images.x)
+        single = faults.parse("single")
+        cells = [single.sample(self.memory.space, seed=0, draw=i) for i in range(self.n_trials)]
+        self.changes = [self.memory.read(single.flips(c, self.memory)) for c in cells]
+        self.flips = [self.memory.space.sites(c)[0] for c in cells]
+
+    def timed(self, what: str, run: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = run()
+        self.seconds[what].append(time.perf_counter() - start)
+        return result
+
+    def plain(self) -> None:
+        session = runtime.session(self.subject.model)
+        x = runtime.adapt(self.images.x, session)
+        runtime.run(session, x)
+        for _ in range(3):
+            self.timed("plain", lambda: runtime.run(session, x))
+
+    def compare(self, reloads: int) -> None:
+        """Every fault by fast, `reloads` of them, evenly spread, by reload: they must agree."""
+        self.fast.changed(self.changes[0])
+        self.fast.reached = 0
+        every = max(1, self.n_trials // reloads)
+        self.masked = 0
+        for i, change in enumerate(self.changes):
+            images, output = self.timed("fast", lambda change=change: self.fast.changed(change))
+            whole = self.kept.output.copy()
+            whole[images] = output
+            self.masked += whole.tobytes() == self.kept.output.tobytes()
+            if i % every == 0:
+                expected = self.timed("reload", lambda change=change: self.reload.run(change))
+                if expected.tobytes() != whole.tobytes():
+                    raise SystemExit(f"{self.subject.name}: fault {self.flips[i]} differs")
+                self.seconds["fast, same faults"].append(self.seconds["fast"][-1])
+
+    def row(self) -> list[Any]:
+        n, layers = len(self.images), self.network.layers.values()
+        macs = sum(layer.macs for layer in layers)
+        plain = float(np.median(self.seconds["plain"]))
+        rate = macs * n / plain
+        bound = self.fast.reached / self.n_trials / rate
+        fast_, reload_ = (np.array(self.seconds[k]) for k in ("fast", "reload"))
+        ratio = reload_.mean() / fast_.mean()
+        resamples = np.random.default_rng(0)
+        low, high = np.quantile(
+            [
+                resamples.choice(reload_, reload_.size).mean()
+                / resamples.choice(fast_, fast_.size).mean()
+                for _ in range(2000)
+            ],
+            [0.025, 0.975],
+        )
+        name = self.subject.name
+        return [
+            name, "trained" if self.subject.trained else "fresh", f"{macs / 1e6:.1f}", n,
+            f"{fast_.size} / {reload_.size}", f"{100 * self.masked / self.n_trials:.0f} %",
+            f"{1e3 * plain:.0f}", f"{1e3 * reload_.mean():.1f}", f"{1e3 * fast_.mean():.2f}",
+            f"{ratio:.1f} [{low:.1f}, {high:.1f}]", WANTED.get(name, ""),
+            f"{1e3 * bound:.2f}", f"{fast_.mean() / bound:.2f}" if bound else "",
+        ]  # fmt: skip
+
+
+HEAD = (
+    "network", "weights", "10^6 MAC / image", "images", "faults fast / reload", "masked",
+    "plain run, ms", "reload, ms / fault", "fast, ms / fault", "ratio [95 %]", "wanted",
+    "bound, ms", "fast / bound",
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def profiled(network: Network) -> Iterator[Counter[str]]:
+    """Seconds by what they are spent on, while the context lasts."""
+    spent: Counter[str] = Counter()
+
+    def timer(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = inner(*args)
+            spent[name] += time.perf_counter() - start
+            return result
+
+        return run
+
+    before = {name: getattr(kernels, name) for name in KINDS}
+    run = network.runner.run
+    try:
+        for name, inner in before.items():
+            setattr(kernels, name, timer(KINDS[name], inner))
+        network.runner.run = timer("layers behind, whole (onnxruntime)", run)  # type: ignore
+        yield spent
+    finally:
+        for name, inner in before.items():
+            setattr(kernels, name, inner)
+        network.runner.run = run  # type: ignore
+
+
+def profile(bench: Bench) -> list[list[Any]]:
+    """Where the time of a fault goes."""
+    with profiled(bench.network) as spent:
+        start = time.perf_counter()
+        for change in bench.changes:
+            bench.fast.changed(change)
+        total = time.perf_counter() - start
+    spent["Python and the rest"] = total - sum(spent.values())
+    n = len(bench.changes)
+    rows = [
+        [bench.subject.name, what, f"{1e3 * seconds / n:.2f}", f"{100 * seconds / total:.0f} %"]
+        for what, seconds in spent.most_common()
+    ]
+    once = [("once: preparing and checking", bench.prepare), ("once: golden run", bench.keep)]
+    return rows + [[bench.subject.name, what, f"{1e3 * s:.0f}", ""] for what, s in once]
+
+
+def depth(bench: Bench) -> list[list[Any]]:
+    """Cost by the layer that is struck."""
+    by_layer: dict[str, list[float]] = defaultdict(list)
+    for site, seconds in zip(bench.flips, bench.seconds["fast"], strict=True):
+        by_layer[site.tensor].append(seconds)
+    return [
+        [bench.subject.name, t.name, t.size, len(s), f"{1e3 * np.mean(s):.2f}"]
+        for t in bench.found.space.tensors
+        if (s := by_layer.get(t.name))
+    ]
+
+
+def growth(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
+    """Cost by the number of images and of faults."""
+    rows = []
+    for n in (len(images) // 4, len(images) // 2, len(images)):
+        bench = Bench(sub, images.first(n), trials)
+        bench.compare(1)
+        each, once = np.mean(bench.seconds["fast"]), bench.prepare + bench.keep
+        for faults_ in (100, 1000, 10000):
+            seconds = once + faults_ * each
+            rows.append([sub.name, n, f"{1e3 * each:.2f}", f"{once:.1f}", faults_,
+                         f"{faults_ / seconds:.1f}"])  # fmt: skip
+    return rows
+
+
+def many(bench: Bench) -> list[list[Any]]:
+    """Bit error rates: the whole network runs; what counts is the overhead over a plain run."""
+    rows = []
+    ber = faults.parse("ber")
+    for rate in (1e-4, 1e-2):
+        seconds = []
+        for draw in range(4):
+            cells = ber.sample(bench.memory.space, seed=0, draw=draw, rate=rate)
+            change = bench.memory.read(ber.flips(cells, bench.memory))
+            start = time.perf_counter()
+            bench.fast.changed(change)
+            seconds.append(time.perf_counter() - start)
+            bench.plain()
+        plain = np.median(bench.seconds["plain"])
+        rows.append([bench.subject.name, f"{rate:g}", len(cells), f"{1e3 * plain:.0f}",
+                     f"{1e3 * np.median(seconds):.0f}",
+                     f"{100 * (np.median(seconds) / plain - 1):+.1f} %"])  # fmt: skip
+    return rows
+
+
+def against_torch(bench: Bench, trials: int) -> list[list[Any]]:
+    """The same faults in the Brevitas network and, on the float network, by PyTorchFI."""
+    from resq_deploy.perturb.weights import bit_errors
+
+    x = torch.from_numpy(bench.images.x / np.float32(255))
+    sub, pairs = bench.subject, []
+    convs = [n for n, m in sub.net.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    for site, change in zip(bench.flips, bench.changes, strict=True):
+        name = site.tensor.removesuffix(".weight")
+        if name in convs and site.tensor in change and len(pairs) < trials:
+            pairs.append((name, site, change))
+    weights = dict(sub.net.named_parameters())
+    seconds: dict[str, list[float]] = defaultdict(list)
+    torch.set_num_threads(1)
+    try:
+        from pytorchfi.core import fault_injection
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pfi = fault_injection(sub.net.eval(), len(x), input_shape=[3, 32, 32])
+    except ImportError:
+        pfi = None
+
+    def forward(net: Any) -> None:
+        with torch.no_grad():
+            for start in range(0, len(x), 100):
+                net(x[start : start + 100])
+
+    for name, site, change in pairs:
+        start = time.perf_counter()
+        bench.fast.changed(change)
+        seconds["fast"].append(time.perf_counter() - start)
+        shape = tuple(weights[f"{name}.weight"].shape)
+        mask = np.zeros(int(np.prod(shape)), np.uint8)
+        mask[site.offset] = 1 << site.bit
+        start = time.perf_counter()
+        masks = {name: torch.from_numpy(mask.view(np.int8)).reshape(shape)}
+        with bit_errors(sub.int8, masks):
+            forward(sub.int8.eval())
+        seconds["Brevitas"].append(time.perf_counter() - start)
+        if pfi is not None:
+            k, c, h, w = (int(i) for i in np.unravel_index(site.offset, shape))
+            start = time.perf_counter()
+            faulty = pfi.declare_weight_fi(
+                layer_num=[convs.index(name)], k=[k], dim1=[c], dim2=[h], dim3=[w],
+                value=[float(weights[f"{name}.weight"][k, c, h, w]) * 2],
+            )  # fmt: skip
+            forward(faulty)
+            seconds["PyTorchFI, float"].append(time.perf_counter() - start)
+    mine = np.mean(seconds["fast"])
+    return [
+        [sub.name, what, len(s), f"{1e3 * np.mean(s):.1f}", f"{np.mean(s) / mine:.0f}"]
+        for what, s in seconds.items()
+    ]
+
+
+def peak_memory(sub: Subject, root: Path | None, budget: str) -> list[list[Any]]:
+    """Peak of a campaign on 10,000 images in a process of its own, and of one on 50."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.onnx"
+        model.write_bytes(sub.model)
+        for n in (50, 10_000):
+            code = (
+                "import sys, resource; from resq_deploy.cli import main; main(sys.argv[1:], "
+                "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            )
+            options = ["inject", str(model), "--data", "cifar10", "--images", str(n)]
+            options += ["--root", str(root)] if root else []
+            options += ["--trials", "20", "--memory", budget, "--out", f"{folder}/{n}.store"]
+            done = subprocess.run(
+                [sys.executable, "-c", code, *options], capture_output=True, text=True, check=True
+            )
+            rows.append([sub.name, n, budget, int(done.stdout.split()[-1]) // 1024])
+    return rows
+
+
+def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
+    """All tables as Markdown."""
+    cpu, versions = runtime.cpu_features(), runtime.versions()
+    where = ", ".join(f"{k} {v}" for k, v in versions.items())
+    lines = [
+        "# The fast engine, measured",
+        "",
+        "Written by `python benchmarks/engines.py --write docs/engine.md`. One thread of "
+        f"{cpu['name']} ({', '.join(cpu['vnni']) or 'no VNNI'}; {os.cpu_count()} cores); {where}.",
+        "",
+        (__doc__ or "").split("\n\n")[2].replace("\n", " "),
+    ]
+    for title, (head, rows) in tables.items():
+        lines += ["", f"## {title}", "", tabulate(rows, head, tablefmt="github",
+                                                   disable_numparse=True)]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+@click.command()
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of CIFAR-10. [$RESQ_DATA]")
+@click.option("--net", "nets", multiple=True, type=click.Choice(NETS), help="Only these. [all]")
+@click.option("--images", default=1000, show_default=True)
+@click.option("--trials", default=200, show_default=True, help="Faults by the fast engine.")
+@click.option("--reloads", default=10, show_default=True, help="Of them also by reload.")
+@click.option("--torch-trials", default=5, show_default=True, help="Of them also by PyTorch.")
+@click.option("--budget", default="1GiB", show_default=True, help="--memory of the memory test.")
+@click.option("--write", type=click.Path(path_type=Path), help="Also write this page.")
+def main(
+    root: Path | None, nets: tuple[str, ...], images: int, trials: int, reloads: int,
+    torch_trials: int, budget: str, write: Path | None,
+) -> None:  # fmt: skip
+    """Measure; see the top of this file."""
+    splits = data.load("cifar10", root)
+    test = splits.test.first(images)
+    tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]] = {
+        "Single flips: fast against reload": (HEAD, []),
+        "Where the time of a fault goes": (("network", "part", "ms / fault", "share"), []),
+        "By depth": (("network", "struck weight", "weights", "faults", "ms / fault"), []),
+        "By images and faults": (
+            ("network", "images", "ms / fault", "once, s", "faults", "faults / s"), [],
+        ),
+        "Many flips at once": (
+            ("network", "bit error rate", "flips", "plain run, ms", "faulty run, ms", "overhead"),
+            [],
+        ),
+        "Against fault simulation in PyTorch": (
+            ("network", "with", "faults", "ms / fault", "times fast"), [],
+        ),
+        "Peak memory": (("network", "images", "--memory", "peak, MiB"), []),
+    }  # fmt: skip
+    add = {title: rows.extend for title, (_, rows) in tables.items()}
+    for name in nets or NETS:
+        sub = subject(name, splits.train or splits.test)
+        bench = Bench(sub, test, trials)
+        bench.plain()
+        bench.compare(reloads)
+        add["Single flips: fast against reload"]([bench.row()])
+        add["Where the time of a fault goes"](profile(bench))
+        add["By depth"](depth(bench))
+        add["Many flips at once"](many(bench))
+        if torch_trials:
+            add["Against fault simulation in PyTorch"](against_torch(bench, torch_trials))
+        if name in ("resnet8", "resnet18"):
+            add["By images and faults"](growth(sub, test, max(20, trials // 4)))
+        if name == "resnet8":
+            add["Peak memory"](peak_memory(sub, root, budget))
+        del bench
+        text = page({k: v for k, v in tables.items() if v[1]})
+        if write is not None:
+            write.write_text(text, encoding="utf-8")
+    click.echo(text)
+    click.echo(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB")
+
+
+if __name__ == "__main__":
+    main()
