@@ -192,7 +192,8 @@ class Network:
         self.cut: Cut
         self.why = ""
         """Why the whole model is reloaded; empty when it is not."""
-        self._session = session
+        self.session = session
+        """The file itself, without faults."""
         self.layers: dict[int, Layer] = {}
         self.tables: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
         self.limits: dict[int, int] = {}
@@ -472,8 +473,8 @@ class Network:
 
         `allocate(shape, dtype)` makes the arrays that are kept.
         """
-        x = runtime.adapt(x, self._session)
-        output = runtime.run(self._session, x)
+        x = runtime.adapt(x, self.session)
+        output = runtime.run(self.session, x)
         if self.why:
             return Kept(n=len(x), output=output, values={}, sums={})
         if self.group:
@@ -504,7 +505,7 @@ class Network:
 
     @property
     def _fixed(self) -> bool:
-        return isinstance(self._session.get_inputs()[0].shape[0], int)
+        return isinstance(self.session.get_inputs()[0].shape[0], int)
 
     def _sums(self, values: Mapping[str, Array], allocate: Allocate) -> dict[int, Array]:
         """Accumulators of every layer for which our requantizing gives the kept output."""
@@ -530,13 +531,13 @@ class Network:
         return Reload(self._found.model, self._found.space, x, precise=self._precise)
 
     def whole(self, change: Change, x: Array) -> Array:
-        """Output (N, ...) of the whole optimized graph, already optimized, under a change."""
+        """Output (N, ...) of the whole optimized graph under a change, for adapted images."""
         model = self.cut.whole_model([self.cut.output], self.faulty(change))
         masks = self.masks(change)
         if masks:
             model = activations.strike(onnx.load_from_string(model), masks).SerializeToString()
         session = runtime.build(model, level="off", precise=self._precise)
-        return runtime.run(session, runtime.adapt(x, self._session))
+        return runtime.run(session, x)
 
     def faulty(self, change: Change) -> dict[str, onnx.TensorProto]:
         """The initializers of the optimized graph with changed elements."""
@@ -565,7 +566,7 @@ class Fast:
         """`x` are the images of `kept`, as the data set has them."""
         self._network = network
         self._kept = kept
-        self._x = x
+        self._x = runtime.adapt(x, network.session)
         self._all = np.arange(kept.n)
         self._bytes = {name: _bytes(value) for name, value in kept.values.items()}
         self._outputs: dict[str, Output] = {}
