@@ -161,7 +161,7 @@ target_option = click.option(
     default="weight",
     show_default=True,
     metavar="T,T,...",
-    help="What can be hit: weight, bias, scale, zero-point.",
+    help="What can be hit: weight, bias, scale, zero-point, activation.",
 )
 
 
@@ -268,7 +268,7 @@ def inject(
     json_file: Path | None,
     **options: Any,
 ) -> None:
-    """Flip bits in the stored weights of MODEL and count what happens to its answers."""
+    """Flip bits in the stored weights, or in the activations, of MODEL and count what happens."""
     from resq_deploy import inject as stage
 
     found = stage.inject(model, load_data(data, images, root), show=progress.bar, **options)

@@ -197,6 +197,11 @@ def kernels(model: bytes) -> dict[str, int]:
     return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
 
 
+def input_type(want: Any) -> np.dtype[Any] | None:
+    """numpy type of an input of a session; None for those that no images have."""
+    return _TYPES.get(want.type)
+
+
 def adapt(x: Array, built: ort.InferenceSession) -> Array:
     """Images (N, ...) in the type of the model's input.
 
@@ -204,7 +209,7 @@ def adapt(x: Array, built: ort.InferenceSession) -> Array:
     InputError for anything else: silent casts would make a campaign about other images.
     """
     want = built.get_inputs()[0]
-    dtype, shape = _TYPES.get(want.type), list(want.shape)
+    dtype, shape = input_type(want), list(want.shape)
     fits = len(shape) == x.ndim and all(
         not isinstance(size, int) or size == given
         for size, given in zip(shape[1:], x.shape[1:], strict=True)

@@ -68,7 +68,7 @@ class Job:
     plan: Plan
     seed: int
     targets: tuple[str, ...] = space.TARGETS[:1]
-    """What of the file is in the fault space (space.TARGETS)."""
+    """What is in the fault space (space.TARGETS, space.ACTIVATION)."""
     protection: str = "none"
     """Memory protection, as on the command line."""
     engine: str = "fast"
@@ -321,6 +321,11 @@ def run(
         raise InputError(
             f"--shard {index}/{n_shards} given with --until-width; shards do not see each other's "
             "trials: use --workers"
+        )
+    if plan.model.reads and space.ACTIVATION in targets:
+        raise InputError(
+            f"--fault {plan.fault} with --target {space.ACTIVATION} given; what a value between "
+            "kernels holds depends on the image: give a fault that flips, such as single or ber"
         )
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}")

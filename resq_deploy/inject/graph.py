@@ -8,7 +8,7 @@ constants) is computed again inside of each unit that reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -121,11 +121,11 @@ def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def optimized(model: bytes) -> onnx.ModelProto:
+def optimized(model: bytes, *, precise: bool | None = None) -> onnx.ModelProto:
     """The graph that onnxruntime runs for a file, as a model; InputError when it cannot tell."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "optimized.onnx"
-        runtime.build(model, optimized_to=file)
+        runtime.build(model, precise=precise, optimized_to=file)
         return onnx.load(file)
 
 
@@ -193,18 +193,14 @@ def _unit(nodes: list[onnx.NodeProto], outputs: list[str], cut_values: Mapping[s
     )
 
 
-def cut(model: bytes, x: Array, *, fixed: int | None) -> Cut:
-    """Cut the optimized graph of `model`.
+def values_of_images(
+    best: onnx.ModelProto, x: Array, *, fixed: int | None
+) -> tuple[dict[str, Value], dict[str, np.dtype[Any]]]:
+    """The values of an optimized graph that have rows for every image, the input among them.
 
-    `x` are adapted images, of which a few are run; `fixed` is the batch size of a model that has
-    one. InputError, saying why, for a graph that cannot be cut.
+    Second, the types of the others that depend on the input. Arguments as of `cut`.
     """
-    best = optimized(model)
-    inner = [n.op_type for n in best.graph.node for a in n.attribute if a.HasField("g")]
-    if inner:
-        raise InputError(f"the graph has subgraphs ({inner[0]})")
     sizes = [fixed] if fixed else [2, 3]
-    source, output = best.graph.input[0].name, best.graph.output[0].name
     seen = _shapes(best, np.resize(x, (max(sizes), *x.shape[1:])), sizes)
     kept = {n: v for n, s in seen.items() if (v := _kept(n, s, sizes)) is not None}
     constant = {t.name for t in best.graph.initializer}
@@ -213,16 +209,36 @@ def cut(model: bytes, x: Array, *, fixed: int | None) -> Cut:
             constant.update(node.output)
             for name in node.output:
                 kept.pop(name, None)
+    others = {n: s[0][0] for n, s in seen.items() if n not in kept and n not in constant}
+    source = best.graph.input[0].name
+    kept[source] = Value(name=source, dtype=x.dtype, rows=1, tail=tuple(x.shape[1:]))
+    return kept, others
+
+
+def cut(model: bytes, x: Array, *, fixed: int | None, apart: Collection[str] = frozenset()) -> Cut:
+    """Cut the optimized graph of `model`.
+
+    `x` are adapted images, of which a few are run; `fixed` is the batch size of a model that has
+    one. The values `apart` are made by one unit only and all others read them from there.
+    InputError, saying why, for a graph that cannot be cut.
+    """
+    best = optimized(model)
+    inner = [n.op_type for n in best.graph.node for a in n.attribute if a.HasField("g")]
+    if inner:
+        raise InputError(f"the graph has subgraphs ({inner[0]})")
+    source, output = best.graph.input[0].name, best.graph.output[0].name
+    kept, _ = values_of_images(best, x, fixed=fixed)
     if output not in kept:
         raise InputError(f"output {output!r} has no rows of images")
-    kept[source] = Value(name=source, dtype=x.dtype, rows=1, tail=tuple(x.shape[1:]))
     producer = {name: node for node in best.graph.node for name in node.output if name}
     units = [
         _unit(_closure(node, producer, kept), [n for n in node.output if n in kept], kept)
         for node in best.graph.node
         if any(name in kept for name in node.output)
     ]
-    units = _merged(units, kept, output)
+    units = _merged(units, kept, {output, *apart})
+    for unit in units:
+        _read_from_outside(unit, kept, apart)
     units = _needed(units, output)
     consumers: dict[str, list[int]] = {}
     for index, unit in enumerate(units):
@@ -240,10 +256,25 @@ def cut(model: bytes, x: Array, *, fixed: int | None) -> Cut:
     )
 
 
-def _merged(units: list[Unit], kept: Mapping[str, Value], output: str) -> list[Unit]:
+def _read_from_outside(unit: Unit, kept: Mapping[str, Value], apart: Collection[str]) -> None:
+    """Let a unit read what it would make for itself beside something else that nobody keeps."""
+    made = {name for node in unit.nodes for name in node.output}
+    again = made.intersection(apart).difference(unit.outputs)
+    if not again:
+        return
+    nodes = []
+    for node in unit.nodes:
+        nodes.append(onnx.NodeProto())
+        nodes[-1].CopyFrom(node)
+        nodes[-1].output[:] = [f"{n}#again" if n in again else n for n in node.output]
+    joined = _unit(nodes, unit.outputs, kept)
+    unit.nodes, unit.inputs, unit.initializers = nodes, joined.inputs, joined.initializers
+
+
+def _merged(units: list[Unit], kept: Mapping[str, Value], apart: Collection[str]) -> list[Unit]:
     """Float or merely rearranged values with one reader are rarely worth keeping.
 
-    The two units become one.
+    The two units become one, unless the value is one of `apart`.
     """
     readers: dict[str, list[Unit]] = {}
     for unit in units:
@@ -252,7 +283,7 @@ def _merged(units: list[Unit], kept: Mapping[str, Value], output: str) -> list[U
     merged: list[Unit] = []
     for unit in units:
         (name, *more) = unit.outputs
-        alone = not more and name != output and len(readers.get(name, [])) == 1
+        alone = not more and name not in apart and len(readers.get(name, [])) == 1
         if alone and _worth_merging(unit, readers[name][0], kept[name]):
             (reader,) = readers[name]
             nodes = [*unit.nodes]

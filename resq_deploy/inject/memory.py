@@ -1,28 +1,49 @@
 """The memory that holds a file's tensors: what is stored, and what is read after bits flipped.
 
+Values between the kernels (activations) stand behind them in the same space; what they hold depends
+on the image, so that only the flips are known.
+
 A fault strikes *stored* bits, check bits of a protection included. The network computes with
 what is *read*, which the protection decides. Engines know nothing of either: they take a
-`Change`, the elements that are read differently.
+`Change`, the elements that are read differently, or `Flips` of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from resq_deploy import bits
+from resq_deploy.errors import InputError
 from resq_deploy.inject import protect
 from resq_deploy.inject.protect import Protection
-from resq_deploy.inject.space import Discovery, Flat, Space, Tensor
+from resq_deploy.inject.space import ACTIVATION, Discovery, Flat, Space, Tensor
 
 Change = dict[str, tuple[NDArray[np.int64], NDArray[Any]]]
 """By initializer: offsets (n,) of the elements that are read differently from what the file
 holds (C order, ascending, distinct, n > 0) and the n values read there, in the tensor's own
-numpy type (int4 as int8 in [-8, 7], uint4 as uint8 in [0, 15]). Others read as they are."""
+numpy type (int4 as int8 in [-8, 7], uint4 as uint8 in [0, 15]). Others read as they are. By
+activation: its `Flips`."""
+
+
+class Flips(NamedTuple):
+    """The entry of an activation in a Change: bits that flip in the value of every image."""
+
+    offsets: NDArray[np.int64]
+    """(n,) elements of the value of one image (C order, ascending, distinct, n > 0)."""
+    masks: NDArray[np.uint8]
+    """(n,) what is read there: what the kernel wrote, exclusive-or these."""
+
+    def dense(self, tensor: Tensor) -> NDArray[Any]:
+        """The masks in the shape and type of `tensor`, 0 where nothing flips."""
+        found = np.zeros(tensor.shape, np.uint8)
+        found.reshape(-1)[self.offsets] = self.masks
+        return found.view(tensor.dtype)
+
 
 Bytes = NDArray[np.uint8]
 
@@ -48,12 +69,16 @@ class Memory:
         `protection` as on the command line; InputError when it does not exist or does not fit.
         """
         guard = protect.parse(protection)
+        files = [tensor for tensor in found.space.tensors if tensor.target != ACTIVATION]
+        if guard.name != "none" and len(files) < len(found.space.tensors):
+            raise InputError(
+                f"--protect {guard.name} with --target {ACTIVATION} given; protections stand in "
+                "front of what a file stores, not of values between kernels"
+            )
         stored = {proto.name: proto.raw_data for proto in found.model.graph.initializer}
         return cls(
             space=guard.stored(found.space),
-            contents=tuple(
-                np.frombuffer(stored[tensor.name], np.uint8) for tensor in found.space.tensors
-            ),
+            contents=tuple(np.frombuffer(stored[tensor.name], np.uint8) for tensor in files),
             protection=guard,
         )
 
@@ -63,7 +88,10 @@ class Memory:
         return self.space.n_bits
 
     def bits(self, flat: Flat) -> NDArray[np.uint8]:
-        """The stored values, 0 or 1, of flat bit indices (n,), in their order."""
+        """The stored values, 0 or 1, of flat bit indices (n,), in their order.
+
+        InputError for bits of activations, which depend on the image.
+        """
         flat = np.asarray(flat, np.int64)
         order = np.argsort(flat, kind="stable")
         found = [
@@ -76,6 +104,9 @@ class Memory:
 
     def _stored(self, index: int, positions: Flat) -> NDArray[np.uint8]:
         """Values of the bits `positions` (counted within the tensor) of a stored tensor."""
+        if self.space.tensors[index].target == ACTIVATION:
+            name = self.space.tensors[index].name
+            raise InputError(f"what {name} holds depends on the image; faults that flip expected")
         if index < len(self.contents):
             codes = self.contents[index][positions // 8]
             return _bit(codes, positions % 8)
@@ -94,6 +125,11 @@ class Memory:
         n = len(self.contents)
         none = (np.empty(0, np.int64), np.empty(0, np.int64))
         parts = self.space.split(flips)
+        struck = {
+            index: parts.pop(index)
+            for index in list(parts)
+            if self.space.tensors[index].target == ACTIVATION
+        }
         change: Change = {}
         for index in sorted({index % n for index in parts}):
             tensor = self.space.tensors[index]
@@ -105,6 +141,11 @@ class Memory:
             offsets, elements = _elements(tensor, self.contents[index], where, values)
             if len(offsets):
                 change[tensor.name] = (offsets, elements)
+        for index, (offset, bit) in struck.items():
+            offsets, place = np.unique(offset, return_inverse=True)
+            masks = np.zeros(len(offsets), np.uint8)
+            np.bitwise_xor.at(masks, place, _masks(bit))
+            change[self.space.tensors[index].name] = Flips(offsets, masks)
         return change
 
     def _decode(

@@ -1,6 +1,7 @@
 """The reload engine: change the initializer, serialize, build a session, run.
 
-Slow and obviously right: it is the definition that faster engines are tested against.
+Flips between kernels stand as nodes in the optimized graph of the changed file, which then runs as
+it is. Slow and obviously right: it is the definition that faster engines are tested against.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 
 from resq_deploy import runtime
-from resq_deploy.inject import memory
-from resq_deploy.inject.memory import Change
+from resq_deploy.inject import activations, graph, memory
+from resq_deploy.inject.memory import Change, Flips
 from resq_deploy.inject.space import Space
 
 
@@ -28,7 +29,7 @@ class Reload:
         `precise` as in `runtime.session`.
         """
         self._model = model
-        self._types = {tensor.name: tensor.dtype for tensor in space.tensors}
+        self._space = {tensor.name: tensor for tensor in space.tensors}
         self._precise = precise
         self._x = x
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -41,17 +42,28 @@ class Reload:
     def run(self, change: Change) -> NDArray[Any]:
         """First output (N, ...) where the elements of `change` are read with other values.
 
-        Refused when onnxruntime does not load or run the file with them. The model is as before
-        afterwards, whatever happens.
+        Flips strike the run of every image once, at the same place. Refused when onnxruntime does
+        not load or run the file with the change. The model is as before afterwards, whatever
+        happens.
         """
         originals: dict[str, bytes] = {}
+        flips = {name: entry for name, entry in change.items() if isinstance(entry, Flips)}
         try:
             for name, (offsets, values) in change.items():
-                stored = self._tensors[name]
-                originals[name] = stored.raw_data
-                memory.write(stored, self._types[name], offsets, values)
-            session = runtime.session(self._model.SerializeToString(), precise=self._precise)
+                if name not in flips:
+                    stored = self._tensors[name]
+                    originals[name] = stored.raw_data
+                    memory.write(stored, self._space[name].dtype, offsets, values)
+            model, level = self._model.SerializeToString(), "all"
+            if flips:
+                model, level = self._struck(model, flips), "off"
+            session = runtime.session(model, level=level, precise=self._precise)
             return runtime.run(session, runtime.adapt(self._x, session))
         finally:
             for name, raw in originals.items():
                 self._tensors[name].raw_data = raw
+
+    def _struck(self, model: bytes, flips: dict[str, Flips]) -> bytes:
+        best = graph.optimized(model, precise=self._precise)
+        masks = {name: entry.dense(self._space[name]) for name, entry in flips.items()}
+        return bytes(activations.strike(best, masks).SerializeToString())

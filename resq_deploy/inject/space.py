@@ -3,7 +3,8 @@
 A weight is an int8, uint8, int4 or uint4 initializer that a known operator reads as data. Other
 targets stand in the space when they are asked for by name: int32 biases, float scales, zero
 points. What is neither known data nor a known zero point is refused by name: a campaign never
-skips weights silently.
+skips weights silently. The 8-bit values between the kernels (`inject.activations`) may stand
+behind them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError, UnsupportedModel
+from resq_deploy.inject import activations
 from resq_deploy.records import Site
 
 Flat = NDArray[np.int64]
@@ -28,6 +30,9 @@ Accepts = Callable[[int], bool]
 
 TARGETS = ("weight", "bias", "scale", "zero-point")
 """What of a file may be hit; the first is the default."""
+
+ACTIVATION = "activation"
+"""One target more: the 8-bit values between the kernels, which no file stores."""
 
 CHECK = "check"
 """In place of a target: check codes that a memory protection adds."""
@@ -46,6 +51,7 @@ TYPES: dict[str, dict[int, str]] = {
     "bias": INT32,
     "scale": FLOATS,
     "zero-point": SMALL | INT32,
+    ACTIVATION: {TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"},
 }
 """Types that each target may be stored in, as numpy (or ONNX, for the packed ones) calls them."""
 
@@ -146,7 +152,7 @@ FLOAT_WEIGHTS: dict[str, Accepts] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Tensor:
-    """One initializer of the fault space."""
+    """One initializer of the fault space, or one value between kernels for one image."""
 
     name: str
     dtype: str
@@ -160,7 +166,7 @@ class Tensor:
     absorbed: bool
     """A Clip stands between the initializer and that operator, and may undo a flip."""
     target: str = "weight"
-    """One of TARGETS, or CHECK."""
+    """One of TARGETS, ACTIVATION, or CHECK."""
     axis: int | None = None
     """Axis of the output channels of a weight; None where it has none that we know."""
 
@@ -529,12 +535,20 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
     """The fault space of a model, in the order in which the network computes with its tensors.
 
     The model itself is changed: Constant nodes become initializers, and the data of what is in
-    the space moves to `raw_data`. UnsupportedModel, naming the tensor, for float models, for
-    tensors of types or in places that are not handled, and for a target that it does not store.
+    the space moves to `raw_data`. Activations stand behind all that the file stores, in the order
+    of the optimized graph. UnsupportedModel, naming the tensor, for float models, for tensors of
+    types or in places that are not handled, and for a target that it does not have.
     """
-    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(TARGETS):
+    known = (*TARGETS, ACTIVATION)
+    if not targets or len(set(targets)) < len(targets) or not set(targets) <= set(known):
         raise InputError(
-            f"target {','.join(targets)!r} given; expected some of {', '.join(TARGETS)}, each once"
+            f"target {','.join(targets)!r} given; expected some of {', '.join(known)}, each once"
+        )
+    steering = {"scale", "zero-point"} & set(targets)
+    if ACTIVATION in targets and steering:
+        raise InputError(
+            f"target {','.join(targets)!r} given; with another {min(steering)} onnxruntime may run "
+            f"other kernels, with other values between them: hit {ACTIVATION} apart from it"
         )
     _refuse_hidden(model)
     types = set(SMALL) | UNHANDLED | {t for target in targets for t in TYPES[target]}
@@ -558,6 +572,10 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
         if role is not None and role in targets:
             found.append(_tensor(proto, use, role))
     tensors = [tensor for _, tensor in sorted(found, key=lambda pair: pair[0])]
+    warnings = _warnings(model, tensors, unread)
+    if ACTIVATION in targets:
+        between, more = _activations(model, {proto.name for proto in model.graph.initializer})
+        tensors, warnings = tensors + between, warnings + more
     for target in targets:
         if not any(tensor.target == target for tensor in tensors):
             _refuse_without(model, target)
@@ -565,8 +583,37 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
         model=model,
         space=Space(tensors=tuple(tensors)),
         excluded=excluded,
-        warnings=_warnings(model, tensors, unread),
+        warnings=warnings,
     )
+
+
+def _activations(model: onnx.ModelProto, taken: set[str]) -> tuple[list[Tensor], list[str]]:
+    """The 8-bit values between the kernels that run for a model, and warnings."""
+    values, left_out = activations.find(model.SerializeToString())
+    for value in values:
+        if value.name in taken:
+            raise UnsupportedModel(
+                f"{value.name!r} is an initializer of the file and a value of the optimized graph; "
+                "rename one of them"
+            )
+    tensors = [
+        Tensor(
+            name=value.name,
+            dtype=value.dtype,
+            shape=value.shape,
+            op_type=value.op_type,
+            node=value.node,
+            absorbed=False,
+            target=ACTIVATION,
+        )
+        for value in values
+    ]
+    if not left_out:
+        return tensors, []
+    return tensors, [
+        f"{len(left_out)} 8-bit values between kernels (first: {left_out[0]}) do not belong to "
+        "single images and are not in the fault space"
+    ]
 
 
 def _target(proto: onnx.TensorProto, use: _Use) -> str | None:
@@ -607,6 +654,11 @@ def _tensor(proto: onnx.TensorProto, use: _Use, target: str) -> tuple[int, Tenso
 
 
 def _refuse_without(model: onnx.ModelProto, target: str) -> NoReturn:
+    if target == ACTIVATION:
+        raise UnsupportedModel(
+            "no 8-bit values pass between the kernels that onnxruntime runs for this model "
+            "(`resq-deploy inspect` lists them); ask for other targets"
+        )
     if target != "weight":
         kinds = ", ".join(TYPES[target].values())
         raise UnsupportedModel(f"the model stores no {target} ({kinds}); ask for other targets")

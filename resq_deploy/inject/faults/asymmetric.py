@@ -17,6 +17,7 @@ class Asymmetric(Fault):
     """Every bit that holds `source` flips independently with probability `rate`."""
 
     plans = frozenset({"--rates"})
+    reads = True
     source: int
     """0 or 1."""
 

@@ -34,6 +34,8 @@ class Fault(ABC):
     plans: ClassVar[frozenset[str]]
     """The plans it goes with: `--trials`, `--margin`, `--until-width`, `--exhaustive`, `--sites`,
     `--rates`."""
+    reads: ClassVar[bool] = False
+    """Does `flips` depend on what the cells store?"""
 
     @property
     @abstractmethod

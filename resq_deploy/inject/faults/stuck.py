@@ -20,6 +20,7 @@ class StuckAt(SingleFlip):
     """
 
     plans = SingleFlip.plans | {"--rates"}
+    reads = True
     value: int
     """0 or 1."""
 
