@@ -36,8 +36,8 @@ def forbidden(side: int, window: int, shift: int) -> Tensor:
     """Which pairs of tokens of a window were no neighbours before the shift: bool
     (windows, 1, tokens, tokens) for tokens of a window; they must not see each other."""
     band = torch.zeros(side, dtype=torch.long)
-    band[side - window : side - shift], band[side - shift :] = 1, 2
-    region = 3 * band[:, None] + band[None, :]
+    band[side - shift :] = 1  # rolled in from the other end, all in the last window
+    region = 2 * band[:, None] + band[None, :]
     n = side // window
     region = region.view(n, window, n, window).permute(0, 2, 1, 3).reshape(n * n, 1, window**2)
     return region[..., :, None] != region[..., None, :]
