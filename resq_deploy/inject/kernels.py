@@ -293,7 +293,21 @@ def changed_inputs(
             _changed_codes(before, after, x_flip, width, channels, key, step, start)
         entries = count
         for p in range(rows):
-            for q in range(columns):
+            leftmost, rightmost = columns, -1
+            if delta.size > 0:
+                leftmost, rightmost = 0, columns - 1
+            for a in range(g.kernel_h):  # which positions of this row are reached at all?
+                i = p * g.stride_h - g.pad_h + a * g.dilation_h
+                if i < 0 or i >= height:
+                    continue
+                low, high = start[i * width], start[(i + 1) * width]
+                if low == high:
+                    continue
+                left = key[low] // channels + g.pad_w - (g.kernel_w - 1) * g.dilation_w
+                right = key[high - 1] // channels + g.pad_w
+                leftmost = min(leftmost, (left + g.stride_w - 1) // g.stride_w)
+                rightmost = max(rightmost, right // g.stride_w)
+            for q in range(max(leftmost, 0), min(rightmost, columns - 1) + 1):
                 n_ranges = 0
                 for a in range(g.kernel_h):
                     i = p * g.stride_h - g.pad_h + a * g.dilation_h
