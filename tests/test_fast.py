@@ -164,7 +164,7 @@ def expected_layers(network: Network) -> set[int]:
     }
 
 
-@settings(EXACT, max_examples=14)
+@settings(EXACT, max_examples=10)
 @given(numbers)
 def test_every_fault_on_random_graphs(number: int) -> None:
     spec, rng = graphs.spec(number), np.random.default_rng(number)
@@ -183,7 +183,7 @@ def test_every_fault_on_random_graphs(number: int) -> None:
     assert both.seen["changed"] > 3
 
 
-@settings(EXACT, max_examples=14)
+@settings(EXACT, max_examples=10)
 @given(numbers)
 def test_few_weights_on_random_graphs(number: int) -> None:
     """Changes that most campaigns make: few elements, of one layer or of several at once."""
@@ -546,7 +546,6 @@ OTHERS = {
 BUGS = {
     "positive-0": "a zero point below all weights is given to ConvInteger as a negative number",
     "positive-50": "a zero point below all weights is given to ConvInteger as a negative number",
-    "second-output": "no unit reads the weights that only another output needs",
     "shared-weight": "onnxruntime folds the transposed copy; only the other one is changed",
 }
 
@@ -610,11 +609,11 @@ def test_our_networks_are_all_here() -> None:
     assert set(WIDTHS) == set(NETS)
 
 
-SLOW = ("efficientnet_b0", "swin_tiny")  # their export alone takes ten seconds each
+QUICK = ("resnet8", "vgg16")  # the export of the others takes up to ten seconds
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in WIDTHS]
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in WIDTHS]
 )
 def test_faults_on_our_networks(name: str) -> None:
     raw = exported(name)
@@ -878,7 +877,7 @@ def check_pair(number: int, n: int, out: int | None = None) -> int:
     return changed
 
 
-@settings(EXACT, max_examples=70)
+@settings(EXACT, max_examples=50)
 @given(numbers)
 def test_faults_in_two_layers_against_integers(number: int) -> None:
     check_pair(number, 6)
