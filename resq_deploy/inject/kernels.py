@@ -209,11 +209,12 @@ def _update(
             n_ranges, keys, steps,
         )  # fmt: skip
         o += 32
-    if o < n_out:
+    while o < n_out:
         changed |= update_16(
             sums + 4 * o, y + o, codes + o, scale + 4 * o, zero, flip, table + o, stride, ranges,
             n_ranges, keys, steps,
         )  # fmt: skip
+        o += 16
     return changed != 0
 
 
