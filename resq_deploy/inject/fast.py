@@ -100,7 +100,8 @@ class Kept:
     output: Array
     """(N, ...) what the model answers."""
     values: Mapping[str, Array]
-    """(N, rows, ...) of the values that a fault can change or that are read beside them."""
+    """(N, rows, ...) of the values that a fault can change or that are read beside them; none
+    where the model is reloaded."""
     sums: Mapping[int, NDArray[np.int32]]
     """(N, P, Q, O) accumulators of the integer layers, by unit."""
 
@@ -584,7 +585,7 @@ class Fast:
         Refused when onnxruntime does not load or run the file with this change.
         """
         output, network = self._kept.output, self._network
-        if not network.in_place(change):
+        if not network.in_place(change) or not self._kept.values:
             return np.arange(len(output)), network.reload(self._x).run(change)
         if not change:
             return np.empty(0, np.int64), output[:0]
