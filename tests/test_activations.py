@@ -110,7 +110,7 @@ class Engines:
         self.memory = Memory.of(self.found)
         self.reload = Reload(self.found.model, self.found.space, self.x)
         self.network = Network(self.found, self.x)
-        assert runtime.saturates() or self.network.why == "", "only reload would be tested"
+        assert runtime.saturates() or self.network.reloaded == {}, "only reload would be tested"
         self.fast = Fast(self.network, self.network.keep(self.x), self.x)
         self.golden = self.reload.run({})
 
@@ -328,6 +328,16 @@ def test_both_ways_of_fast(name: str, many: int, monkeypatch: pytest.MonkeyPatch
     rng = np.random.default_rng(2)
     for n in (1, 3, 60):
         both.check(rng.integers(0, both.found.space.n_bits, n))
+    both.check(np.array([both.found.space.n_bits - 1]))  # behind which little or nothing runs
+
+
+def test_what_runs_behind_a_value() -> None:
+    if runtime.saturates():
+        pytest.skip("everything is reloaded on this CPU")
+    network = engines("tokens-uint8").network
+    assert network.share_behind(["x"]) == pytest.approx(1.0)
+    assert 0 < network.share_behind(["a"]) < network.share_behind(["h"]) < 1
+    assert network.share_behind(["y"]) == 0
 
 
 def test_memory_for_values_in_front_of_all_weights_is_counted() -> None:
