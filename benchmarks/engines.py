@@ -182,6 +182,16 @@ class Bench:
         ]  # fmt: skip
 
 
+NOTES = """\
+*Bound* is the time that the arithmetic behind a fault would take if it were done densely: the
+multiplications of every layer whose input changed, on the images where it changed, at the rate that
+onnxruntime reaches on the whole network in the same run. The struck layer itself is not in it. Below
+1, *fast / bound* says that fewer multiplications were needed: sums are updated where few codes
+changed. In narrow networks nearly every flip changes nearly every image, and after two or three
+layers most codes of it, so that the bound itself is near; wide networks mask more, and their
+weights sit late. *Masked* counts faults that change no output of any image.
+"""
+
 HEAD = (
     "network", "weights", "10^6 MAC / image", "images", "faults fast / reload", "masked",
     "plain run, ms", "reload, ms / fault", "fast, ms / fault", "ratio [95 %]", "wanted",
@@ -367,6 +377,8 @@ def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
         f"{cpu['name']} ({', '.join(cpu['vnni']) or 'no VNNI'}; {os.cpu_count()} cores); {where}.",
         "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "),
+        "",
+        NOTES,
     ]
     for title, (head, rows) in tables.items():
         lines += ["", f"## {title}", "", tabulate(rows, head, tablefmt="github",
