@@ -184,8 +184,8 @@ class Bench:
 
 NOTES = """\
 *Bound* is the time that the arithmetic behind a fault would take if it were done densely: the
-multiplications of every layer whose input changed, on the images where it changed, at the rate that
-onnxruntime reaches on the whole network in the same run. The struck layer itself is not in it. Below
+multiplications of every layer whose input changed, on the images where it changed, at the rate
+that onnxruntime reaches on the whole network in the same run. The struck layer is not in it. Below
 1, *fast / bound* says that fewer multiplications were needed: sums are updated where few codes
 changed. In narrow networks nearly every flip changes nearly every image, and after two or three
 layers most codes of it, so that the bound itself is near; wide networks mask more, and their
