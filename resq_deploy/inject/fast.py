@@ -246,8 +246,10 @@ class Network:
                 continue
             if (mine.data_type, list(mine.dims)) != (theirs.data_type, list(theirs.dims)):
                 continue
-            # int4 numbers are packed in raw_data on both sides
-            if theirs.raw_data == mine.raw_data:
+            # int4 numbers are packed in raw_data on both sides. A tensor that several operators
+            # read may live on in another form for some of them: all must still read this one.
+            users = [graph.users(model, name) for model in (self._found.model, self.cut.model)]
+            if theirs.raw_data == mine.raw_data and users[0] == users[1]:
                 same.add(name)
         return same
 

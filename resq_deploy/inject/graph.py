@@ -318,6 +318,16 @@ def _needed(units: list[Unit], output: str) -> list[Unit]:
     return found[::-1]
 
 
+def users(model: onnx.ModelProto, name: str) -> int:
+    """How many operators compute with a tensor, behind those that only unpack or rearrange it."""
+    found = 0
+    for node in model.graph.node:
+        if name in node.input:
+            on = node.op_type in LAYOUT or node.op_type == "DequantizeLinear"
+            found += users(model, node.output[0]) if on else list(node.input).count(name)
+    return found
+
+
 def array(tensor: onnx.TensorProto) -> Array:
     """The contents of an initializer."""
     return np.asarray(numpy_helper.to_array(tensor))

@@ -90,22 +90,53 @@ class Layer:
     def accumulators(self, x: Bytes, out: NDArray[np.int32]) -> NDArray[np.int32]:
         """Fill `out` (N, P, Q, O) with the accumulators of bytes x (N, H, W, C), and return it.
 
-        By onnxruntime's integer kernels.
+        By onnxruntime's integer matrix product; groups one channel after the other.
         """
-        g = self.geometry
-        weights = (self.weights[..., : self.y_shape[2]] + self.shift).transpose(3, 2, 0, 1)
-        low, high = int(weights.min()), int(weights.max())
-        # the codes again, whatever their zero point was: int8 when they fit, else uint8
-        zero = 0 if low >= -128 and high <= 127 else -low
-        kind = np.int8 if zero == 0 else np.uint8
-        codes = np.ascontiguousarray((weights + zero).astype(kind))
-        session = runtime.build(_conv_integer(codes, zero, g).SerializeToString(), level="off")
-        for start in range(0, len(x), CHUNK):
-            part = x[start : start + CHUNK] ^ np.uint8(g.x_flip)
-            feed = np.ascontiguousarray(part.transpose(0, 3, 1, 2))
-            out[start : start + CHUNK] = session.run(None, {"x": feed})[0].transpose(0, 2, 3, 1)
+        weights = self.weights[..., : self.y_shape[2]] + self.shift
+        accumulate = self._grouped if self.geometry.groups > 1 else self._product
+        accumulate(x, weights.reshape(-1, self.y_shape[2]), out)
         out += self.bias
         return out
+
+    def _product(self, x: Bytes, weights: Array, out: NDArray[np.int32]) -> None:
+        low, high = int(weights.min()), int(weights.max())
+        # the codes again, whatever their zero point was: int8 when they fit, else uint8
+        fits = low >= -128 and high <= 127
+        zero = 0 if fits else max(0, -low)
+        codes = (weights + zero).astype(np.int8 if fits else np.uint8)
+        session = runtime.build(_matmul_integer(codes, zero, self.geometry.x_zero), level="off")
+        for start in range(0, len(x), CHUNK):
+            patches = self._patches(x[start : start + CHUNK])
+            (sums,) = session.run(None, {"x": patches.reshape(-1, patches.shape[-1])})
+            out[start : start + CHUNK] = sums.reshape(-1, *self.y_shape)
+
+    def _grouped(self, x: Bytes, weights: Array, out: NDArray[np.int32]) -> None:
+        g = self.geometry
+        each = self.x_shape[2] // g.groups
+        for start in range(0, len(x), CHUNK):
+            patches = self._patches(x[start : start + CHUNK]).astype(np.int32) - g.x_zero
+            patches = patches.reshape(*patches.shape[:3], -1, g.groups, each)
+            part = out[start : start + CHUNK]
+            part[:] = 0
+            sums = part.reshape(*part.shape[:3], g.groups, -1)
+            for tap in range(patches.shape[3]):
+                for channel in range(each):
+                    row = weights[tap * each + channel].reshape(g.groups, -1)
+                    sums += patches[:, :, :, tap, :, channel, None] * row
+
+    def _patches(self, x: Bytes) -> Bytes:
+        """(N, P, Q, taps * C) what every output position sees of bytes x (N, H, W, C)."""
+        g = self.geometry
+        pads = [(0, 0), (g.pad_h, g.pad_h_end), (g.pad_w, g.pad_w_end), (0, 0)]
+        x = np.pad(x ^ np.uint8(g.x_flip), pads, constant_values=g.x_zero)
+        rows, columns = self.y_shape[:2]
+        high, wide = rows * g.stride_h, columns * g.stride_w
+        patches = np.empty((len(x), rows, columns, g.kernel_h, g.kernel_w, x.shape[3]), np.uint8)
+        for a in range(g.kernel_h):
+            for b in range(g.kernel_w):
+                i, j = a * g.dilation_h, b * g.dilation_w
+                patches[:, :, :, a, b] = x[:, i : i + high : g.stride_h, j : j + wide : g.stride_w]
+        return patches.reshape(len(x), rows, columns, -1)
 
     def reproduces(self, acc: NDArray[np.int32], y: Bytes) -> bool:
         """Do the accumulators, requantized by our kernel, give the kept output?"""
@@ -120,27 +151,23 @@ def _bytes(value: Array) -> Bytes:
     return np.ascontiguousarray(value).view(np.uint8)
 
 
-def _conv_integer(codes: Array, zero: int, g: Geometry) -> onnx.ModelProto:
+def _matmul_integer(codes: Array, zero: int, x_zero: int) -> bytes:
+    """A model that multiplies bytes (rows, C) with `codes` (C, O), zero points taken off."""
+    kind = helper.np_dtype_to_tensor_dtype(codes.dtype)
     tensors = [
-        helper.make_tensor("w", helper.np_dtype_to_tensor_dtype(codes.dtype), codes.shape,
-                           codes.tobytes(), raw=True),
-        helper.make_tensor("x_zero", TensorProto.UINT8, [], [g.x_zero]),
-        helper.make_tensor("w_zero", helper.np_dtype_to_tensor_dtype(codes.dtype), [], [zero]),
-    ]  # fmt: skip
-    node = helper.make_node(
-        "ConvInteger", ["x", "w", "x_zero", "w_zero"], ["y"],
-        kernel_shape=[g.kernel_h, g.kernel_w], strides=[g.stride_h, g.stride_w],
-        pads=[g.pad_h, g.pad_w, g.pad_h_end, g.pad_w_end],
-        dilations=[g.dilation_h, g.dilation_w], group=g.groups,
-    )  # fmt: skip
+        helper.make_tensor("w", kind, codes.shape, codes.tobytes(), raw=True),
+        helper.make_tensor("x_zero", TensorProto.UINT8, [], [x_zero]),
+        helper.make_tensor("w_zero", kind, [], [zero]),
+    ]
     graph = helper.make_graph(
-        [node],
+        [helper.make_node("MatMulInteger", ["x", "w", "x_zero", "w_zero"], ["y"])],
         "accumulate",
-        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", None, None, None])],
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", None])],
         [helper.make_tensor_value_info("y", TensorProto.INT32, None)],
         tensors,
     )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    return bytes(model.SerializeToString())
 
 
 def recognize(unit: Unit, cut: Cut) -> Layer | None:
