@@ -631,7 +631,8 @@ class Fast:
         network = self._network
         unit = network.cut.units[index]
         outputs = {name: self._output(name) for name in unit.outputs}
-        layer = network.layers.get(index) if index in self._kept.sums else None
+        measured = index in self._kept.sums and index in network.limits
+        layer = network.layers[index] if measured else None
         n_taps = sum(len(offsets) for offsets, _ in faulty.values())
         if layer and network.group is None and faulty.keys() <= {layer.weight} and n_taps <= FEW:
             self._layer(index, layer, inputs, faulty, outputs[unit.outputs[0]])
