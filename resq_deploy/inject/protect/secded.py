@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resq_deploy.encoding import hsiao
 from resq_deploy.inject.protect.base import Bytes, Protection
 
 
 def _columns() -> NDArray[np.uint8]:
     """(64,) the column of the parity-check matrix of every data bit, bit i for row i.
 
-    Hsiao, "A class of optimal minimum odd-weight-column SEC-DED codes", IBM Journal of Research
-    and Development 14 (1970): distinct columns of odd weight, as few ones as possible, rows
-    balanced. Here the 56 columns of weight 3 and the 8 rotations of one column of weight 5: each
-    row has 26 ones. The 8 check bits have the columns of weight 1.
+    The 56 columns of weight 3 and the 8 rotations of one column of weight 5: each row has 26 ones.
+    The 8 check bits have the columns of weight 1.
     """
-    three = [sum(1 << i for i in rows) for rows in combinations(range(8), 3)]
     five = [(0b11111 << i | 0b11111 >> (8 - i)) & 255 for i in range(8)]
-    return np.array(three + five, np.uint8)
+    return np.array(hsiao.columns(8, 3) + five, np.uint8)
 
 
 COLUMNS = _columns()
-
-_CHECKS = np.zeros((8, 256), np.uint8)
-"""Check code of each value of each byte of a word; those of a word are their exclusive or."""
-for _bit, _column in enumerate(COLUMNS.tolist()):
-    _CHECKS[_bit // 8, (np.arange(256) >> _bit % 8 & 1) == 1] ^= np.uint8(_column)
+_CHECKS = hsiao.checks(COLUMNS)
 
 NOTHING, UNCORRECTABLE = 64, 65
 _ACTION = np.full(256, UNCORRECTABLE)
@@ -59,8 +52,7 @@ class Secded(Protection):
         return "secded:zero" if self.zero else "secded"
 
     def encode(self, words: Bytes) -> Bytes:
-        checks: Bytes = np.bitwise_xor.reduce(_CHECKS[np.arange(8), words], axis=1)
-        return checks
+        return hsiao.syndromes(_CHECKS, words)
 
     def decode(self, words: Bytes, checks: Bytes) -> Bytes:
         action = _ACTION[self.encode(words) ^ checks]

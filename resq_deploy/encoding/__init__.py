@@ -1,0 +1,47 @@
+"""Encodings: how the int8 codes of a weight are stored in as many bytes, with room for protection.
+
+A code of 8 bits of which one is given up can tell, or even undo, a flip of the others, at no extra
+memory. A new encoding is a module here with a subclass of Encoding, and a row in ENCODINGS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from resq_deploy.encoding.base import Encoding
+from resq_deploy.encoding.guard import Guard
+from resq_deploy.encoding.parity import EvenParity
+from resq_deploy.encoding.saf import TAUS, Saf
+from resq_deploy.encoding.secded import InPlaceSecded
+from resq_deploy.encoding.table import POLICIES, Checked
+from resq_deploy.errors import InputError
+
+ENCODINGS: dict[str, Callable[[], Encoding]] = {
+    "plain": Encoding,
+    **{f"guard:{policy}": lambda p=policy: Guard(policy=p) for policy in POLICIES},
+    **{f"parity:{policy}": lambda p=policy: EvenParity(policy=p) for policy in POLICIES},
+    "secded": InPlaceSecded,
+    "secded:zero": lambda: InPlaceSecded(zero=True),
+    **{f"saf:{tau}": lambda t=tau: Saf(tau=t) for tau in TAUS},
+}
+"""By the name that recipes and the command line use."""
+
+
+def parse(name: str) -> Encoding:
+    """The encoding called `name`; InputError lists what there is."""
+    if name not in ENCODINGS:
+        raise InputError(f"encoding {name!r} is unknown; expected one of {', '.join(ENCODINGS)}")
+    return ENCODINGS[name]()
+
+
+__all__ = [
+    "ENCODINGS",
+    "POLICIES",
+    "Checked",
+    "Encoding",
+    "EvenParity",
+    "Guard",
+    "InPlaceSecded",
+    "Saf",
+    "parse",
+]
