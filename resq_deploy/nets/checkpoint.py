@@ -52,14 +52,16 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
-    arguments of `build`, and `weight_bits` where it is not 8)."""
+    arguments of `build`, and `weight_bits` and `encoding` where they are not 8 and plain)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
 
-def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load(path: Path, *, encoding: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in eval mode, and its sidecar.
 
+    `encoding` restricts the codes of an int8 network to the levels of another one than it was
+    trained with; the sidecar is returned as if it had been that.
     Raises InputError for a missing or broken file or sidecar, or a changed digest.
     """
     if not artifacts.sidecar(path).is_file():
@@ -72,13 +74,15 @@ def load(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     if facts.get("sha256") != artifacts.sha256(path):
         raise InputError(f"{path} is not the file that {artifacts.sidecar(path).name} describes")
     try:
+        if encoding is not None:
+            facts["net"]["encoding"] = encoding
         arguments = dict(facts["net"])
-        weight_bits = arguments.pop("weight_bits", 8)
+        stored = {k: arguments.pop(k) for k in ("weight_bits", "encoding") if k in arguments}
         net = build(**arguments)
         quantized = facts["quantized"]
     except (KeyError, TypeError):
         raise InputError(f"{artifacts.sidecar(path)} is not the sidecar of a checkpoint") from None
     if quantized:
-        net = quantize(net, weight_bits=weight_bits)
+        net = quantize(net, **stored)
     load_state(net, tensors, str(path))
     return net.eval(), facts

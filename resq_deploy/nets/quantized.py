@@ -11,6 +11,7 @@ import copy
 from typing import Any, cast
 
 import brevitas.nn as qnn
+import numpy as np
 import torch
 from brevitas.core.restrict_val import RestrictValueType
 from brevitas.core.scaling import ScalingImplType
@@ -25,6 +26,8 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from resq_deploy.encoding import Encoding
+from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
 from resq_deploy.nets.blocks import Add, Boundary, Foldable, Kind
 
@@ -56,7 +59,37 @@ class Weights4(Int8WeightPerChannelFloat):
     bit_width = 4
 
 
-WEIGHTS = {8: Int8WeightPerChannelFloat, 4: Weights4}
+class Weights7(Int8WeightPerChannelFloat):
+    """7-bit weights, codes -63 ... 63, per output channel."""
+
+    bit_width = 7
+
+
+class ToLevels(nn.Module):
+    """Rounds real codes to the nearest level of an encoding, with straight-through gradient."""
+
+    def __init__(self, encoding: Encoding) -> None:
+        super().__init__()
+        self.levels = torch.from_numpy(encoding.levels.astype(np.float32))
+        self.between = (self.levels[1:] + self.levels[:-1]) / 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.bucketize(x.detach().float(), self.between.to(x.device))
+        return x + (self.levels.to(x.device)[at].to(x.dtype) - x).detach()
+
+
+def _weight_quant(weight_bits: int, encoding: Encoding) -> type:
+    """The quantizer whose codes are levels of `encoding`; InputError where there is none."""
+    if weight_bits not in (8, 4):
+        raise InputError(f"weight_bits must be 8 or 4, got {weight_bits}")
+    if weight_bits == 4:
+        if encoding.name != "plain":
+            raise InputError(f"encoding {encoding.name} is for 8-bit weights; the network has 4")
+        return Weights4
+    base = Weights7 if encoding.limit == 63 else Int8WeightPerChannelFloat
+    if len(encoding.levels) == 2 * encoding.limit + 1:
+        return base
+    return type("WeightsOfLevels", (base,), {"float_to_int_impl": ToLevels(encoding)})
 
 
 class Unsigned(Uint8ActPerTensorFloat):
@@ -140,9 +173,9 @@ def _replace(net: nn.Module, name: str, new: nn.Module) -> None:
     setattr(net.get_submodule(parent), leaf, new)
 
 
-def _layer(old: nn.Module, weight_bits: int) -> nn.Module | None:
+def _layer(old: nn.Module, weight_bits: int, encoding: Encoding) -> nn.Module | None:
     """The Brevitas counterpart of one float module; None where it stays as it is."""
-    weights = {"weight_quant": WEIGHTS[weight_bits], "bias_quant": Int32Bias}
+    weights = {"weight_quant": _weight_quant(weight_bits, encoding), "bias_quant": Int32Bias}
     if isinstance(old, nn.Conv2d):
         shape: Any = (old.in_channels, old.out_channels, old.kernel_size)
         options: Any = {k: getattr(old, k) for k in ("stride", "padding", "dilation", "groups")}
@@ -158,6 +191,7 @@ def _layer(old: nn.Module, weight_bits: int) -> nn.Module | None:
         return _quantizer(KINDS[old.kind], plain=old.plain)
     else:
         return None
+    new.encoding = encoding
     new.weight.data.copy_(old.weight.data)
     new.bias.data.zero_()
     if old.bias is not None:
@@ -165,17 +199,17 @@ def _layer(old: nn.Module, weight_bits: int) -> nn.Module | None:
     return cast(nn.Module, new)
 
 
-def quantize(net: nn.Module, *, weight_bits: int = 8) -> nn.Module:
+def quantize(net: nn.Module, *, weight_bits: int = 8, encoding: str = "plain") -> nn.Module:
     """The int8 Brevitas network of a float one (batch norm folded), not yet calibrated.
 
     Weight names stay those of the float network. `weight_bits` is 8 or 4 (codes -7 ... 7) for
-    every weight; activations stay at 8 bits. InputError for another number of bits.
+    every weight; activations stay at 8 bits. Every code is a level of `encoding`, by its name.
+    InputError for another number of bits, and for 4 bits with another encoding than plain.
     """
-    if weight_bits not in WEIGHTS:
-        raise InputError(f"weight_bits must be 8 or 4, got {weight_bits}")
+    stored = parse_encoding(encoding)
     net = fold(net)
     for name, module in list(net.named_modules()):
-        new = _layer(module, weight_bits)
+        new = _layer(module, weight_bits, stored)
         if new is not None:
             _replace(net, name, new)
     return net
@@ -197,8 +231,8 @@ def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 def codes(layer: nn.Module) -> Tensor:
-    """The int8 codes of a layer's weights, in the shape of the weight: what a file stores.
+    """The int8 codes of a layer's weights, in the shape of the weight: what a device computes with.
 
-    4-bit weights too have one code per byte.
+    4-bit weights too have one code per byte. A file stores what `layer.encoding` makes of them.
     """
     return cast(Tensor, cast(Any, layer).quant_weight().int()).to(torch.int8)
