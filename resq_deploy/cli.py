@@ -118,10 +118,14 @@ def load_data(name: str, images: int | None, root: Path | None) -> Any:
 
 def emit_json(value: Any, file: Path | None) -> None:
     """Write `value` to `--json FILE`, whole or not at all; nothing when no file was given."""
-    if file is None:
-        return
+    if file is not None:
+        write_text(json.dumps(value, indent=2) + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Write a file whole or not at all."""
     part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, file)
 
 
@@ -254,6 +258,7 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Root of all random draws.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
+@click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do the work.")
 @click.option(
     "--shard", callback=_shard, default="0/1", metavar="I/N", help="Trials with number % N == I."
 )
@@ -640,13 +645,13 @@ def export(
     emit_json(manifest, json_file)
 
 
-def _epsilons(ctx: click.Context, option: click.Parameter, text: str) -> tuple[float, ...]:
+def _epsilons(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
     def number(part: str) -> float:
         top, _, bottom = part.partition("/")
         return float(top) / float(bottom) if bottom else float(top)
 
     try:
-        return tuple(number(part) for part in text.split(","))
+        return tuple(number(part) for part in text.split(",")) if text else ()
     except (ValueError, ZeroDivisionError):
         raise click.BadParameter(f"{text!r} given; radii such as 2/255,0.03 expected") from None
 
@@ -690,6 +695,65 @@ def attack(
         ["epsilon", "twin", "exported file"],
     )  # fmt: skip
     emit_json(found, json_file)
+
+
+def _limits_file(ctx: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Limits from a TOML file, as defaults of their options: what stands on the line wins."""
+    if path is not None:
+        from resq_deploy import gate as stage
+
+        ctx.default_map = stage.read_file(path)
+
+
+@main.command()
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="STORE|JSON...")
+@click.option("--min-clean", callback=_rates, metavar="A", help="Least accuracy without faults.")
+@click.option("--min-accuracy", callback=_rates, metavar="A,A", help="Least accuracy with faults.")
+@click.option("--at-ber", callback=_rates, metavar="R,R", help="Error rates of --min-accuracy.")
+@click.option("--max-sdc", callback=_rates, metavar="P", help="Most SDC of single flips.")
+@click.option("--min-adversarial", callback=_rates, metavar="A,A", help="Least when attacked.")
+@click.option("--at-eps", callback=_epsilons, metavar="E,E", help="Radii of --min-adversarial.")
+@click.option("--max-parity-steps", callback=_rates, metavar="N", help="Most between executions.")
+@click.option("--max-weight-bytes", callback=_bytes, metavar="SIZE", help="Such as 100KiB.")
+@confidence_option
+@click.option(
+    "--limits", type=PATH, is_eager=True, expose_value=False, callback=_limits_file,
+    metavar="FILE", help="Take limits from a TOML file.",
+)  # fmt: skip
+@click.option("--model", type=PATH, help="ONNX file that all this must have been measured on.")
+@click.option("--junit", "junit_file", type=OUT_PATH, metavar="FILE", help="Write JUnit XML.")
+@click.option("--markdown", "markdown_file", type=OUT_PATH, metavar="FILE", help="Write a page.")
+@json_option
+def gate(
+    paths: tuple[Path, ...],
+    confidence: float,
+    model: Path | None,
+    junit_file: Path | None,
+    markdown_file: Path | None,
+    json_file: Path | None,
+    max_weight_bytes: int | None,
+    **limits: tuple[float, ...],
+) -> None:
+    """End with exit code 1 when a measurement in STOREs and JSON files misses its limit."""
+    from resq_deploy import gate as stage
+    from resq_deploy.errors import GateFailed
+
+    evidence = stage.read(paths, confidence=confidence, model=model)
+    limits["max_weight_bytes"] = () if max_weight_bytes is None else (max_weight_bytes,)
+    checks = stage.check(evidence, limits)
+    table(
+        [[c.name, c.measured, c.needed, c.found.n, "pass" if c.passed else "FAIL", c.source]
+         for c in checks],
+        ["limit", "measured", "needed", "n", "", "from"],
+    )  # fmt: skip
+    for file, text in ((junit_file, stage.junit(checks)),
+                       (markdown_file, stage.markdown(checks, evidence))):  # fmt: skip
+        if file is not None:
+            write_text(text, file)
+    emit_json(stage.plain(checks, evidence), json_file)
+    missed = stage.failures(checks)
+    if missed:
+        raise GateFailed(f"{len(missed)} of {len(checks)} limits missed: {'; '.join(missed)}")
 
 
 @main.command()

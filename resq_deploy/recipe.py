@@ -95,36 +95,51 @@ class Float(Training):
 
 
 class Attack(Training):
-    """Stage 1: loss = CE(x) + adversarial_weight CE(x') + feature_weight D(h(x), h(x'))."""
+    """Stage 1: loss = CE(x) + adversarial_weight CE(x') + feature_weight D(h(x), h(x')).
 
-    method: Literal["feature-consistency"] = Field(
-        "feature-consistency", description="how features are desensitized"
+    That is feature-consistency; for the other methods see docs/methods.md.
+    """
+
+    method: Literal["feature-consistency", "trades", "adversarial", "afd"] = Field(
+        "feature-consistency", description="how the network is desensitized"
     )
     epsilon: Fraction = Field(description="L-infinity radius of x', pixels in [0, 1]")
     steps: Positive = Field(1, description="PGD steps that make x'")
     step_size: float = Field(1.25, gt=0, description="PGD step, relative to epsilon / sqrt(steps)")
     adversarial_weight: float = Field(1.0, ge=0, description="weight of the loss on x'")
-    feature_weight: float = Field(1.0, ge=0, description="weight of the feature distance")
+    feature_weight: float = Field(1.0, ge=0, description="weight of the feature term")
     distance: Literal["cosine", "mse"] = Field("cosine", description="feature distance D")
+    discriminator_lr: float = Field(1e-3, gt=0, description="learning rate of afd's discriminator")
 
 
 class Fault(Training):
-    """Stage 2: RandBET with clipped weights; the attack loss of stage 1 stays on."""
+    """Stage 2: faults during training, with clipped weights; the loss of stage 1 stays on."""
 
-    method: Literal["randbet"] = Field("randbet", description="how faults enter training")
-    rate: Probability = Field(0.01, description="bit error rate during training")
+    method: Literal["randbet", "advbet", "k-upset", "wcat", "clip"] = Field(
+        "randbet", description="how faults enter training"
+    )
+    rate: Probability = Field(0.01, description="bit error rate during training: randbet")
+    flips: Positive = Field(16, description="bits that flip in a step: k-upset, advbet")
+    rate_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="linear: rate, flips grow from 0 over the first half of the steps"
+    )
     fault_weight: float = Field(1.0, ge=0, description="weight of the loss under bit errors")
     start_loss: float = Field(
         1.75, gt=0, description="errors begin once the running clean loss is below this"
     )
-    clip_rms: float | None = Field(
-        2.0, gt=0, description="clip weights to this many RMS per channel after every step"
+    clip_rms: float = Field(
+        2.0, ge=0, description="clip weights to this many RMS per channel after every step; 0: not"
     )
     guided: Literal["proportional", "top-k", "none"] = Field(
         "proportional", description="which layers get more bit errors, by criticality"
     )
     top_k: Positive = Field(10, description="layers that get errors when guided = top-k")
     ema_beta: Fraction = Field(0.9, description="decay of the gradient-norm average")
+    range_lr: float = Field(0.01, gt=0, description="step of wcat's ranges")
+    range_penalty: float = Field(0.1, ge=0, description="what pushes wcat's ranges down")
+    range_margin: float = Field(
+        0.1, ge=0, description="rise of the clean loss from which on wcat's ranges are not pushed"
+    )
     keep_attack: bool = Field(True, description="keep the loss of stage 1")
 
 
@@ -233,11 +248,12 @@ def _parse(kind: type[T], raw: dict[str, Any], where: str) -> T:
         raise InputError(f"{where}: {field}: {message}{shown}{more}") from None
 
 
-def _toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The values of a TOML file; InputError in one line when it is missing or broken."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"recipe or manifest {path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML: {error}") from None
 
@@ -252,7 +268,7 @@ def load(path: Path) -> Recipe:
 
     An .npz of [data] that is not there is left for the data folder (`root`, RESQ_DATA).
     """
-    recipe = parse(_toml(path), str(path))
+    recipe = parse(read_toml(path), str(path))
     here = path.resolve().parent
     update: dict[str, Any] = {}
     if recipe.float.checkpoint is not None:
@@ -275,7 +291,7 @@ def load(path: Path) -> Recipe:
 
 def load_manifest(path: Path) -> CalibrationManifest:
     """Read and check calibration/NAME.toml."""
-    return _parse(CalibrationManifest, _toml(path), str(path))
+    return _parse(CalibrationManifest, read_toml(path), str(path))
 
 
 TEMPLATE = """\
