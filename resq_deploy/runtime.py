@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +20,7 @@ import onnx
 import onnxruntime as ort
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
+from onnx import helper
 
 from resq_deploy.errors import InputError, Refused
 
@@ -195,6 +196,37 @@ def kernels(model: bytes) -> dict[str, int]:
         build(model, optimized_to=file)
         optimized = onnx.load(file)
     return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
+
+
+def constant_part(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+    """A model that computes values from some initializers, which become its inputs.
+
+    `outputs` must depend on initializers alone.
+    """
+    producer = {out: node for node in model.graph.node for out in node.output}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    wanted = set(outputs)
+    for node in reversed(model.graph.node):
+        if wanted & set(node.output):
+            wanted.update(node.input)
+    nodes = [node for node in model.graph.node if wanted & set(node.output)]
+    unknown = [name for name in wanted if name and name not in stored and name not in producer]
+    if unknown:
+        raise InputError(f"{outputs[0]!r} depends on {unknown[0]!r}, which is not constant")
+    graph = helper.make_graph(
+        nodes,
+        "constant",
+        [
+            helper.make_tensor_value_info(name, stored[name].data_type, list(stored[name].dims))
+            for name in inputs
+        ],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [tensor for name, tensor in stored.items() if name in wanted and name not in inputs],
+    )
+    part = helper.make_model(
+        graph, opset_imports=list(model.opset_import), ir_version=model.ir_version
+    )
+    return bytes(part.SerializeToString())
 
 
 def input_type(want: Any) -> np.dtype[Any] | None:

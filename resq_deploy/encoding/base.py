@@ -37,6 +37,11 @@ class Encoding:
         """The codes that quantizing may choose, ascending, in [-limit, limit]."""
         return np.arange(-self.limit, self.limit + 1)
 
+    @property
+    def uniform(self) -> bool:
+        """Is every code in [-limit, limit] a level?"""
+        return len(self.levels) == 2 * self.limit + 1
+
     def nearest(self, x: NDArray[Any]) -> Codes:
         """The level next to real values in units of a code step; ties go down."""
         between = (self.levels[1:] + self.levels[:-1]) / 2

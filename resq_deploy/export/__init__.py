@@ -14,11 +14,11 @@ from resq_deploy import artifacts, evaluate, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
-from resq_deploy.export import checks
+from resq_deploy.export import checks, decoders
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.nets import checkpoint
-from resq_deploy.nets.quantized import codes, weight_layers
+from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
 from resq_deploy.recipe import Export
 
 QDQ, QONNX, MANIFEST = "model.qdq.onnx", "model.qonnx.onnx", "manifest.json"
@@ -48,9 +48,10 @@ def _parity(
     )
 
 
-def _inputs(source: Path, images: Dataset, config: Export) -> dict[str, Any]:
+def _inputs(source: Path, images: Dataset, config: Export, encoding: str | None) -> dict[str, Any]:
     return {
         "checkpoint_sha256": artifacts.sha256(source),
+        **({} if encoding is None else {"encoding": encoding}),
         "export": config.model_dump(mode="json"),
         "parity_sha256": images.first(min(config.parity_images, len(images))).sha256,
     }
@@ -66,25 +67,37 @@ def _is_current(out: Path, inputs: dict[str, Any]) -> bool:
     )
 
 
-def export(source: Path, *, out: Path, images: Dataset, config: Export | None = None) -> Path:
+def export(
+    source: Path,
+    *,
+    out: Path,
+    images: Dataset,
+    config: Export | None = None,
+    encoding: str | None = None,
+) -> Path:
     """Write OUT/model.qdq.onnx, model.qonnx.onnx and manifest.json; returns the first.
 
+    `encoding` stores the weights otherwise than the checkpoint was trained for: their codes are
+    rounded to its levels.
     `images` (uint8) prove parity. Every guarantee is checked before anything appears in OUT:
     ExportError (one line) leaves no partial export. An unchanged export is not repeated.
     """
     config = config or Export()
-    inputs = _inputs(source, images, config)
+    inputs = _inputs(source, images, config, encoding)
     if _is_current(out, inputs):
         return out / QDQ
-    net, facts = checkpoint.load(source)
+    net, facts = checkpoint.load(source, encoding=encoding)
     if not facts["quantized"]:
         raise InputError(f"{source} is a float checkpoint; export needs an int8 one")
     shape = tuple(images.x.shape[1:])
     options = {"opset": config.opset, "ir_version": config.ir_version}
     files = {QDQ: qdq(net, shape, **options), QONNX: qonnx(net, shape, **options)}
     weights = {name: codes(layer).numpy() for name, layer in weight_layers(net).items()}
-    checks.structure(files[QDQ], weights)
     kernels = checks.integer_kernels(files[QDQ].SerializeToString())
+    stored = encoding_of(net)
+    decoders.attach(files[QDQ], stored, {f"{name}.weight": w for name, w in weights.items()})
+    checks.structure(files[QDQ], weights, stored)
+    checks.same_kernels(files[QDQ].SerializeToString(), kernels)
     manifest = {
         "inputs": inputs,
         "stage": facts["stage"],
@@ -99,6 +112,8 @@ def export(source: Path, *, out: Path, images: Dataset, config: Export | None = 
             "code_min": int(min(np.min(w) for w in weights.values())),
             "code_max": int(max(np.max(w) for w in weights.values())),
             "storage": "one int8 code per byte, two's complement",
+            "encoding": stored.name,
+            "n_unprotected_bytes": sum(stored.unprotected(w.size) for w in weights.values()),
         },
         "rounding": "half to even",
         "versions": artifacts.versions(),

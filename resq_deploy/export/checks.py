@@ -11,7 +11,10 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from resq_deploy import runtime
+from resq_deploy.encoding import Encoding
 from resq_deploy.errors import ExportError
+
+PLAIN = Encoding()
 
 # What may stand in the graph that onnxruntime runs; everything else is refused by name.
 INTEGER = {
@@ -85,26 +88,47 @@ def require(results: list[Parity]) -> list[dict[str, Any]]:
     return [asdict(result) for result in results]
 
 
-def structure(model: onnx.ModelProto, weights: dict[str, NDArray[np.int8]]) -> None:
-    """Weights are int8 initializers with exactly these codes, behind nothing but a
-    DequantizeLinear, and not graph inputs; the batch dimension is dynamic. Else ExportError."""
+def structure(
+    model: onnx.ModelProto,
+    weights: dict[str, NDArray[np.int8]],
+    encoding: Encoding = PLAIN,
+) -> None:
+    """Weights are int8 initializers that hold exactly these codes as `encoding` stores them, behind
+    nothing but its decoder and a DequantizeLinear, and not graph inputs; the batch dimension is
+    dynamic. Else ExportError."""
     stored = {t.name: t for t in model.graph.initializer}
     inputs = {i.name for i in model.graph.input}
     readers: dict[str, list[str]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node.op_type)
+    decoded = encoding.name != "plain"
     for layer, expected in weights.items():
         name = f"{layer}.weight"
         if name not in stored or name in inputs:
             raise ExportError(f"weight {name!r} is not a constant initializer of the file")
         actual = numpy_helper.to_array(stored[name])
-        if actual.dtype != np.int8 or not np.array_equal(actual, expected):
+        if actual.dtype != np.int8 or not np.array_equal(actual, encoding.encode(expected)):
             raise ExportError(f"weight {name!r} does not hold the int8 codes of the network")
-        if readers[name] != ["DequantizeLinear"]:
-            raise ExportError(f"weight {name!r} is read by {readers[name]}, not DequantizeLinear")
+        first = "Cast" if decoded else "DequantizeLinear"
+        if readers[name] != [first]:
+            raise ExportError(f"weight {name!r} is read by {readers[name]}, not {first}")
     if model.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"):
         raise ExportError("the batch dimension is not dynamic")
+    if decoded:
+        _decoders(model, weights, readers)
+
+
+def _decoders(
+    model: onnx.ModelProto, weights: dict[str, NDArray[np.int8]], readers: dict[str, list[str]]
+) -> None:
+    names = [f"{layer}.weight.read" for layer in weights]
+    found = runtime.build(runtime.constant_part(model, [], names)).run(names, {})
+    for name, expected, actual in zip(names, weights.values(), found, strict=True):
+        if readers[name] != ["DequantizeLinear"]:
+            raise ExportError(f"{name!r} is read by {readers[name]}, not DequantizeLinear")
+        if actual.dtype != np.int8 or not np.array_equal(actual, expected):
+            raise ExportError(f"the decoder of {name!r} does not read the codes of the network")
 
 
 def integer_kernels(model: bytes) -> dict[str, int]:
@@ -116,3 +140,12 @@ def integer_kernels(model: bytes) -> dict[str, int]:
         named = ", ".join(f"{n} x {op}" for op, n in wrong.items())
         raise ExportError(f"onnxruntime keeps float kernels where integer ones must stand: {named}")
     return kernels
+
+
+def same_kernels(model: bytes, expected: dict[str, int]) -> None:
+    """ExportError unless onnxruntime folds all decoders, so that just these kernels are left."""
+    kernels = runtime.kernels(model)
+    if kernels != expected:
+        more = {op: n - expected.get(op, 0) for op, n in kernels.items()}
+        named = ", ".join(f"{n:+} x {op}" for op, n in more.items() if n)
+        raise ExportError(f"onnxruntime does not fold the decoders of the weights: {named}")

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
+from resq_deploy.encoding import Encoding
 from resq_deploy.export.qdq import drop_unused, finish, quiet, replace_input, torchscript
+from resq_deploy.nets.quantized import encoding_of
 
 CHUNK = 100
 
@@ -47,10 +49,26 @@ def _name_weights(graph: onnx.GraphProto) -> None:
                     tensor.name = f"{node.name}.weight"
 
 
+def _round_to_levels(graph: onnx.GraphProto, encoding: Encoding) -> None:
+    """Put float weights on levels that are not those of their Quant node, which rounds to the next
+    integer."""
+    stored = {t.name: t for t in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Quant" and node.input[0] in stored:
+            weight = stored[node.input[0]]
+            scale = numpy_helper.to_array(stored[node.input[1]])
+            code = encoding.nearest(numpy_helper.to_array(weight) / scale)
+            exact = code.astype(np.float32) * scale
+            weight.CopyFrom(numpy_helper.from_array(exact, weight.name))
+
+
 def qonnx(
     net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int
 ) -> onnx.ModelProto:
-    """The cleaned QONNX model of a quantized network for one image (1, C, H, W)."""
+    """The cleaned QONNX model of a quantized network for one image (1, C, H, W).
+
+    Its weights are what a device reads, whatever the encoding of the stored codes.
+    """
     from brevitas.export import export_qonnx
     from qonnx.core.modelwrapper import ModelWrapper
     from qonnx.util.cleanup import cleanup_model
@@ -60,6 +78,8 @@ def qonnx(
         model = cleanup_model(ModelWrapper(model)).model
     _fold_bias_quant(model.graph)
     _name_weights(model.graph)
+    if not encoding_of(net).uniform:
+        _round_to_levels(model.graph, encoding_of(net))
     return finish(model, ir_version=ir_version)
 
 

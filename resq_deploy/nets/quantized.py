@@ -87,7 +87,7 @@ def _weight_quant(weight_bits: int, encoding: Encoding) -> type:
             raise InputError(f"encoding {encoding.name} is for 8-bit weights; the network has 4")
         return Weights4
     base = Weights7 if encoding.limit == 63 else Int8WeightPerChannelFloat
-    if len(encoding.levels) == 2 * encoding.limit + 1:
+    if encoding.uniform:
         return base
     return type("WeightsOfLevels", (base,), {"float_to_int_impl": ToLevels(encoding)})
 
@@ -133,7 +133,9 @@ def value(x: Tensor | QuantTensor) -> Tensor:
     return x.value if isinstance(x, QuantTensor) else x
 
 
-class _MarkerTracer(fx.Tracer):
+class MarkerTracer(fx.Tracer):
+    """Traces a network without looking into our markers."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (Boundary, Add)) or super().is_leaf_module(m, module_qualified_name)
 
@@ -147,12 +149,12 @@ def fold(net: nn.Module) -> nn.Module:
     """
     net = copy.deepcopy(net).eval()
     modules = dict(net.named_modules())
-    for node in _MarkerTracer().trace(net).nodes:
+    for node in MarkerTracer().trace(net).nodes:
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.BatchNorm2d):
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
             continue
         before = modules.get(str(cast(fx.Node, node.args[0]).target))
-        if not isinstance(before, nn.Conv2d):
+        if not isinstance(before, nn.Conv2d | nn.Linear):
             raise InputError(
                 f"batch norm {node.target!r} does not follow a convolution and cannot be folded"
             )
@@ -228,6 +230,12 @@ def calibrate(net: nn.Module, x: Tensor, *, batch: int = 128) -> None:
 def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
     """The layers whose stored weights are int8, by name, in the order of the network."""
     return {n: m for n, m in net.named_modules() if isinstance(m, WEIGHT_LAYERS)}
+
+
+def encoding_of(net: nn.Module) -> Encoding:
+    """How the weights of a quantized network are stored: one encoding for all."""
+    (found,) = {cast(Encoding, layer.encoding) for layer in weight_layers(net).values()}
+    return found
 
 
 def codes(layer: nn.Module) -> Tensor:
