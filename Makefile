@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Python 3.11 or newer is needed; {sys.executable} is {v[0]}.{v[1]} (set PYTHON=...)")'
 	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@echo "installing into .venv (minutes on the first run)"
-	@$(BIN)/python -m pip install --quiet -e ".[train,report,dev]" -c constraints.txt
+	@$(BIN)/python -m pip install --quiet -e ".[train,report,attack,dask,dev]" -c constraints.txt
 	@touch $@
 
 clean:

@@ -24,7 +24,7 @@ from resq_deploy.errors import InputError, MissingExtra, ResqError
 INTERRUPTED = 130
 EXTRAS = dict.fromkeys(
     ("torch", "brevitas", "safetensors", "qonnx", "onnxoptimizer", "sklearn"), "train"
-)
+) | {"art": "attack"}
 """Optional modules and the extra that brings them."""
 
 
@@ -94,6 +94,9 @@ confidence_option = click.option(
 interval_option = click.option(
     "--interval", default="wilson", show_default=True, help="Of rates: wilson or exact."
 )
+map_option = click.option(
+    "--map", "map_file", type=PATH, metavar="FILE", help="memory_map.json: shows byte addresses."
+)
 raw_fit_option = click.option(
     "--raw-fit",
     type=float,
@@ -148,7 +151,7 @@ def percent(interval: dict[str, Any], value: str = "mean") -> str:
     return "{:.2f} % [{:.2f}, {:.2f}]".format(*numbers)
 
 
-def _targets(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
+def _names(ctx: click.Context, option: click.Parameter, text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
@@ -161,7 +164,7 @@ def main() -> None:
 target_option = click.option(
     "--target",
     "targets",
-    callback=_targets,
+    callback=_names,
     default="weight",
     show_default=True,
     metavar="T,T,...",
@@ -242,6 +245,8 @@ def _shard(ctx: click.Context, option: click.Parameter, text: str) -> tuple[int,
 @click.option("--until-width", type=float, metavar="W", help="Until the interval is so narrow.")
 @click.option("--exhaustive", is_flag=True, help="Every bit once.")
 @click.option("--sites", type=PATH, help="CSV with Injection,Layer,TensorIndex,Bit.")
+@click.option("--image", type=PATH, metavar="DUMP", help="With --map: exactly these bytes.")
+@map_option
 @click.option("--rates", callback=_rates, metavar="R,R,...", help="Bit error rates in [0, 1].")
 @click.option("--draws", type=int, help="Patterns per rate. [50, or up to 1000]")
 @interval_option
@@ -281,7 +286,29 @@ def inject(
     emit_json(found, json_file)
 
 
+def _print_image(found: dict[str, Any]) -> None:
+    rows = found["image"]
+    columns = ("tensor", "n_bytes", "n_bytes_differ", "n_bits_differ")
+    table([[row[column] for column in columns] for row in rows], columns)
+    changed, images = found["outcomes_images"], found["n_images"]
+    click.echo(f"\nbits that differ  {sum(row['n_bits_differ'] for row in rows)}")
+    if found["plan"]["n_fill_bits"]:
+        click.echo(f"in the fill       {found['plan']['n_fill_bits']} bits, read by nobody")
+    click.echo(f"golden accuracy   {found['golden']['n_correct']}/{images}")
+    if changed["due"]:
+        click.echo("with the dump     onnxruntime refuses the file")
+    else:
+        correct = round(found["fault_accuracy"]["mean"] * images)
+        click.echo(f"with the dump     {correct}/{images}")
+        click.echo(f"images            {changed['benign'] + changed['sdc']} with another output, "
+                   f"{changed['sdc']} with another top-1")  # fmt: skip
+    warn(found["warnings"])
+
+
 def _print_campaign(found: dict[str, Any]) -> None:
+    if found["image"] is not None:
+        _print_image(found)
+        return
     golden, accuracy, outcomes = found["golden"], found["fault_accuracy"], found["outcomes"]
     level = f"{100 * accuracy['confidence']:g} %"
     click.echo(f"golden accuracy   {golden['n_correct']}/{golden['n_total']}")
@@ -356,6 +383,7 @@ def _sdc_cell(row: dict[str, Any]) -> str:
 @confidence_option
 @interval_option
 @raw_fit_option
+@map_option
 @click.option("--csv", "csv_file", type=OUT_PATH, metavar="FILE", help="Write one row per trial.")
 @click.option("--parquet", type=OUT_PATH, metavar="FILE", help="Write one row per trial.")
 @click.option("--sites", is_flag=True, help="In the rows, draw the sites of several flips again.")
@@ -366,6 +394,7 @@ def results(
     confidence: float,
     interval: Any,
     raw_fit: float | None,
+    map_file: Path | None,
     csv_file: Path | None,
     parquet: Path | None,
     sites: bool,
@@ -375,11 +404,13 @@ def results(
     """Show a campaign; several STOREs are shards of one campaign."""
     from resq_deploy import inject as stage
 
-    found = stage.results(stores, confidence=confidence, interval=interval, raw_fit=raw_fit)
+    found = stage.results(
+        stores, confidence=confidence, interval=interval, raw_fit=raw_fit, map_file=map_file
+    )
     _print_campaign(found)
     emit_json(found, json_file)
     if csv_file is not None:
-        stage.write_csv(stores, csv_file, sites=sites)
+        stage.write_csv(stores, csv_file, sites=sites, map_file=map_file)
     if parquet is not None:
         stage.write_parquet(stores, parquet, sites=sites)
     if sites_csv is not None:
@@ -622,10 +653,19 @@ def adjust(
 @click.argument("checkpoint", type=PATH)
 @recipe_option
 @click.option("--root", type=PATH, help="Folder of the data set of the parity proof. [$RESQ_DATA]")
+@click.option(
+    "--encoding", metavar="NAME",
+    help="Store the weights so, their codes rounded to its levels. [as the checkpoint was trained]",
+)  # fmt: skip
 @out_folder
 @json_option
 def export(
-    checkpoint: Path, recipe: Path | None, root: Path | None, out: Path, json_file: Path | None
+    checkpoint: Path,
+    recipe: Path | None,
+    root: Path | None,
+    encoding: str | None,
+    out: Path,
+    json_file: Path | None,
 ) -> None:
     """Write CHECKPOINT as int8 QDQ ONNX and QONNX, with every guarantee checked."""
     from resq_deploy import artifacts, data
@@ -633,7 +673,9 @@ def export(
 
     loaded = _recipe_of(checkpoint, recipe, root)
     images = data.of(loaded.data).test
-    model = stage.export(checkpoint, out=out, images=images, config=loaded.export)
+    model = stage.export(
+        checkpoint, out=out, images=images, config=loaded.export, encoding=encoding
+    )
     manifest = artifacts.read_json(model.parent / stage.MANIFEST)
     table([[name, digest] for name, digest in manifest["files"].items()], ["file", "SHA-256"])
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in manifest["kernels"].items()))
@@ -664,8 +706,20 @@ def _epsilons(ctx: click.Context, option: click.Parameter, text: str | None) -> 
     "--eps", callback=_epsilons, default="1/255,2/255,4/255,8/255", show_default=True,
     metavar="E,E,...", help="L-infinity radii, pixels in [0, 1].",
 )  # fmt: skip
+@click.option(
+    "--attacks", callback=_names, default="pgd", show_default=True, metavar="A,A,...",
+    help="fgsm, pgd, apgd, apgd-dlr, autoattack, square.",
+)  # fmt: skip
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True, help="Of PGD.")
 @click.option("--restarts", type=click.IntRange(1), default=1, show_default=True, help="Starts.")
+@click.option(
+    "--queries", type=click.IntRange(1), default=1000, show_default=True, help="Of Square."
+)
+@click.option("--sanity/--no-sanity", "check", default=True, help="Look for masked gradients.")
+@click.option("--rates", callback=_rates, metavar="R,R,...", help="Also under these bit errors.")
+@click.option("--draws", type=int, default=20, show_default=True, help="Patterns per rate.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes, with --rates.")
+@confidence_option
 @click.option("--seed", type=int, default=0, show_default=True)
 @json_option
 def attack(
@@ -675,25 +729,112 @@ def attack(
     images: int | None,
     root: Path | None,
     eps: tuple[float, ...],
-    steps: int,
-    restarts: int,
-    seed: int,
     json_file: Path | None,
+    **options: Any,
 ) -> None:
-    """White-box PGD on the twin, replayed on MODEL in onnxruntime."""
+    """Attack the inputs of MODEL, white-box on its twin or black-box, and run them on MODEL."""
     from resq_deploy import attack as stage
 
-    found = stage.attack(
-        model, twin, load_data(data, images, root), epsilons=eps, steps=steps, restarts=restarts,
-        seed=seed,
-    )  # fmt: skip
-    rows = [("clean", found["clean"])]
-    rows += [(f"{row['epsilon'] * 255:g}/255", row) for row in found["epsilons"]]
+    found = stage.attack(model, twin, load_data(data, images, root), epsilons=eps, **options)
+    _print_attack(found)
+    emit_json(found, json_file)
+
+
+def _print_attack(found: dict[str, Any]) -> None:
+    def fraction(count: dict[str, int] | None) -> str:
+        return "" if count is None else f"{count['n_correct']}/{count['n_total']}"
+
+    clean = found["clean"]
+    rows = [["none", "0", fraction(clean["twin"]), fraction(clean["deployed"]), ""]]
+    groups = [(a["label"], a["epsilons"]) for a in found["attacks"].values()]
+    for label, measured in [*groups, ("worst of each image", found["worst"])]:
+        rows += [
+            [label, _radius(row["epsilon"]), fraction(row.get("twin")), fraction(row["deployed"]),
+             percent(row["accuracy"], "value")]
+            for row in measured
+        ]  # fmt: skip
+    table(rows, ["attack", "epsilon", "twin", "exported file", "adversarial accuracy"])
+    if found.get("sanity"):
+        click.echo("\nsigns of masked gradients:")
+        table(
+            [
+                [row["check"], _radius(row["epsilon"]),
+                 *(f"{row[k]['attack']}: {row[k]['n_correct']}" if k in row else ""
+                   for k in ("weaker", "stronger")),
+                 row["n_total"], f"{row['p_value']:.2g}" if "p_value" in row else "",
+                 row["verdict"]]
+                for row in found["sanity"]
+            ],
+            ["check", "epsilon", "weaker, correct", "stronger, correct", "n", "p", "verdict"],
+        )  # fmt: skip
+    if found.get("matrix"):
+        click.echo()
+        table(
+            [[_radius(row["epsilon"]), f"{row['rate']:g}", row["n_images"], row["n_patterns"],
+              percent(row), f"{100 * row['worst']:.2f}"]
+             for row in found["matrix"]],
+            ["epsilon", "bit error rate", "images", "patterns", "accuracy", "worst"],
+        )  # fmt: skip
+
+
+def _radius(epsilon: float) -> str:
+    return f"{epsilon * 255:g}/255"
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--twin", type=PATH, required=True, metavar="CKPT", help="Checkpoint of MODEL.")
+@with_data
+@click.option("--flips", type=int, default=50, show_default=True, help="At most, per search.")
+@click.option("--seeds", "n_seeds", type=int, default=5, show_default=True, help="Searches.")
+@click.option("--batch", type=int, default=128, show_default=True, help="Images to attack with.")
+@confidence_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Root of all random draws.")
+@click.option("--sites-csv", type=OUT_PATH, metavar="FILE", help="Write the flips, for --sites.")
+@json_option
+def bfa(
+    model: Path,
+    twin: Path,
+    data: str,
+    images: int | None,
+    root: Path | None,
+    sites_csv: Path | None,
+    json_file: Path | None,
+    **options: Any,
+) -> None:
+    """Flip the stored bits of MODEL that do most harm: progressive bit search on its twin."""
+    from resq_deploy.attack import bfa as stage
+
+    loaded = load_data(data, None, root)
+    found = stage.bfa(model, twin, loaded, images=images, **options)
+    n = found["n_images"]
     table(
-        [[label, *(f"{r[k]['n_correct']}/{r[k]['n_total']}" for k in ("twin", "deployed"))]
-         for label, r in rows],
-        ["epsilon", "twin", "exported file"],
+        [
+            [number, len(made["flips"]),
+             "not reached" if made["flips_to_chance"] is None else made["flips_to_chance"],
+             f"{(made['flips'] or [found['clean']])[-1]['n_correct']}/{n}",
+             f"{made['twin_n_correct']}/{n}"]
+            for number, made in enumerate(found["searches"])
+        ],
+        ["search", "flips", "flips to chance", "exported file", "twin"],
     )  # fmt: skip
+    click.echo(f"\nwithout flips: {found['clean']['n_correct']}/{n}")
+    click.echo(f"chance: at most {100 * found['limit']:.2f} %")
+    reached = found["flips_to_chance"]
+    counts = f"in {reached['n_reached']} of {reached['n_searches']} searches"
+    if "mean" in reached:
+        span = f"{reached['mean']:.1f} [{reached['low']:.1f}, {reached['high']:.1f}]"
+        click.echo(f"flips to chance: {span} (bootstrap over searches), reached {counts}")
+    else:
+        click.echo(f"flips to chance: reached {counts}, else more than {reached['more_than']}")
+    if found["random"] is not None:
+        accuracy = found["random"]["fault_accuracy"]
+        click.echo(
+            f"{found['random']['n_flips']} random flips: {percent(accuracy)} "
+            f"({accuracy['n']} patterns)"
+        )
+    if sites_csv is not None:
+        write_text(stage.sites_csv(found), sites_csv)
     emit_json(found, json_file)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -36,6 +39,19 @@ def count(scores: Tensor, y: NDArray[np.int64]) -> Count:
     return Count(n_correct=int((scores.argmax(1).numpy() == y).sum()), n_total=len(y))
 
 
+@contextmanager
+def frozen(net: nn.Module) -> Iterator[None]:
+    """Inside the context no parameter collects gradients: attacks only need those of the input."""
+    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def adversarial(
     net: nn.Module,
     data: Dataset,
@@ -52,10 +68,8 @@ def adversarial(
     withstood the earlier ones.
     """
     net.eval()
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
     result = np.array(data.x)
-    with progress.bar(len(data), what) as bar:
+    with frozen(net), progress.bar(len(data), what) as bar:
         for start in range(0, len(data), BATCH):
             part = slice(start, start + BATCH)
             clean, y = tensor(data.x[part]), torch.from_numpy(data.y[part])
@@ -73,6 +87,4 @@ def adversarial(
                 )  # fmt: skip
                 adv[left.numpy()] = on_pixel_grid(found, clean[left], epsilon=epsilon).numpy()
             bar.update(len(y))
-    for parameter in net.parameters():
-        parameter.requires_grad_(True)
     return result

@@ -1,4 +1,4 @@
-"""Differentiable attacks on the input: projected gradient descent in the L-infinity ball."""
+"""Gradient attacks on the input, in the L-infinity ball."""
 
 from __future__ import annotations
 
@@ -7,6 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resq_deploy.nets.quantized import value
+
+
+def fgsm(net: nn.Module, x: Tensor, y: Tensor, *, epsilon: float) -> Tensor:
+    """Images x + epsilon sign(gradient), in [0, 1] (Goodfellow et al., arXiv 1412.6572).
+
+    x (N, C, H, W) in [0, 1]; the gradient of the cross-entropy passes the quantizers by
+    straight-through.
+    """
+    at = x.detach().clone().requires_grad_(True)
+    loss = F.cross_entropy(value(net(at)).float(), y, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, at)
+    return (x + epsilon * gradient.sign()).clamp(0, 1)
 
 
 def pgd(
@@ -22,9 +34,10 @@ def pgd(
 ) -> Tensor:
     """Images x' with |x' - x| <= epsilon that raise the cross-entropy (Madry et al., 2018).
 
-    x (N, C, H, W) in [0, 1]; random start; `steps` signed-gradient steps of
-    step_size * epsilon / sqrt(steps). With `early_stop`, an image that is misclassified is
-    left as it is, which saves most of the time on a network that is not robust.
+    x (N, C, H, W) in [0, 1]; y labels (N,), or probabilities (N, n_classes) without `early_stop`;
+    random start; `steps` signed-gradient steps of step_size * epsilon / sqrt(steps). With
+    `early_stop`, an image that is misclassified is left as it is, which saves most of the time
+    on a network that is not robust.
     Gradients pass the quantizers by straight-through. `epsilon` = 0 returns x.
     """
     if epsilon == 0:

@@ -1,0 +1,321 @@
+"""Adversarial bits: progressive bit search (BFA, Rakin et al., arXiv 1903.12269).
+
+The attacker knows the network and a batch of images, and flips stored bits one after the other.
+Each time the twin's gradients rank the bits of every layer, the first ones of each layer are
+tried, and the flip that raises the loss of the batch most is kept. Every prefix of the sequence
+then runs on the exported file, on images that the attacker does not have.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from resq_deploy import artifacts, evaluate, metrics, progress, runtime, seeds
+from resq_deploy.data.base import Dataset
+from resq_deploy.encoding import InPlaceSecded
+from resq_deploy.errors import InputError
+from resq_deploy.inject import inject, plans, space
+from resq_deploy.inject.memory import Memory
+from resq_deploy.inject.reload import Reload
+from resq_deploy.metrics import top1
+from resq_deploy.nets import checkpoint
+from resq_deploy.nets.quantized import codes, encoding_of, value, weight_layers
+from resq_deploy.perturb.weights import bit_errors
+from resq_deploy.records import Site
+
+Masks = dict[str, Tensor]
+
+TRIED = 3
+"""Bits of each layer whose loss is measured; the original tries the first."""
+MARGIN = 0.01
+"""An accuracy so little above chance counts as chance."""
+RANDOM_PATTERNS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A bit that might be flipped next."""
+
+    layer: str
+    offset: int
+    bit: int
+    gain: float
+    """By how much the loss of the batch rises, to first order."""
+
+    def flipped(self, masks: Masks, shape: torch.Size) -> Masks:
+        """`masks` with this bit flipped too."""
+        mask = masks.get(self.layer, torch.zeros(shape, dtype=torch.int8)).clone()
+        mask.view(torch.uint8).view(-1)[self.offset] ^= 1 << self.bit
+        return {**masks, self.layer: mask}
+
+
+@contextmanager
+def _weight_values(net: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Collects, by layer, the dequantized weights (with gradients) and scales of a forward pass."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = []
+    for name, layer in weight_layers(net).items():
+
+        def hook(proxy: nn.Module, args: Any, out: Any, name: str = name) -> Any:
+            leaf = out.value.detach().requires_grad_(True)
+            found[name] = (leaf, out.scale.detach())
+            return out.set(value=leaf)
+
+        handles.append(cast(nn.Module, layer.weight_quant).register_forward_hook(hook))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> list[Candidate]:
+    """The `n` bits of each layer whose flips raise the cross-entropy most, to first order.
+
+    x (N, C, H, W) in [0, 1], y (N,). A flip changes a weight by (decode(s') - decode(s)) scale,
+    where s are the stored codes with `masks` applied: two's complement, or what an encoding makes
+    of it. Bits that are flipped already, or whose flip would lower the loss, are left out.
+    """
+    with evaluate.frozen(net), bit_errors(net, masks), _weight_values(net) as weights:
+        loss = F.cross_entropy(value(net(x)).float(), y)
+        gradients = torch.autograd.grad(loss, [leaf for leaf, _ in weights.values()])
+    encoding, layers, found = encoding_of(net), weight_layers(net), []
+    for (name, (_, scale)), gradient in zip(weights.items(), gradients, strict=True):
+        plain = encoding.encode(codes(layers[name]).numpy()).view(np.uint8)
+        mask = masks[name].numpy().view(np.uint8) if name in masks else np.zeros_like(plain)
+        stored = plain ^ mask
+        read = encoding.decode(stored.view(np.int8)).astype(np.int16)
+        slope = (gradient * scale).numpy()
+        gains = np.empty((8, stored.size), np.float64)
+        for bit in range(8):
+            flipped = (stored ^ np.uint8(1 << bit)).view(np.int8)
+            step = encoding.decode(flipped).astype(np.int16) - read
+            gain = np.where(mask >> bit & 1, -np.inf, slope * step)
+            gains[bit] = gain.reshape(-1)
+        best = np.argsort(-gains, axis=None, kind="stable")[:n]
+        for bit, offset in zip(*np.unravel_index(best, gains.shape), strict=True):
+            if gains[bit, offset] > 0:
+                found.append(
+                    Candidate(
+                        layer=name, offset=int(offset), bit=int(bit), gain=float(gains[bit, offset])
+                    )
+                )
+    return found
+
+
+def loss(net: nn.Module, masks: Masks, batch: Dataset) -> float:
+    """Mean cross-entropy of the twin with the stored bits of `masks` flipped."""
+    scores = evaluate.logits(net, batch.x, masks=masks).float()
+    return float(F.cross_entropy(scores, torch.from_numpy(batch.y)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A flip that was kept."""
+
+    chosen: Candidate
+    loss: float
+    """Of the attack batch, after the flip."""
+    masks: Masks
+    """All flips so far."""
+
+
+def search(net: nn.Module, batch: Dataset) -> Iterator[Step]:
+    """Flips in the order in which they are kept; ends when no bit is expected to do harm."""
+    shapes = {name: cast(Tensor, layer.weight).shape for name, layer in weight_layers(net).items()}
+    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
+    masks: Masks = {}
+    while True:
+        tried = [
+            (candidate, candidate.flipped(masks, shapes[candidate.layer]))
+            for candidate in candidates(net, masks, x, y, TRIED)
+        ]
+        if not tried:
+            return
+        losses = [loss(net, after, batch) for _, after in tried]
+        best = int(np.nanargmax(losses))
+        chosen, masks = tried[best]
+        yield Step(chosen=chosen, loss=losses[best], masks=masks)
+
+
+class _File:
+    """The exported file with bits flipped, on images that the attacker does not have."""
+
+    def __init__(self, raw: bytes, net: nn.Module, images: Dataset) -> None:
+        found = space.discover(runtime.parse_model(raw))
+        self._memory = Memory.of(found)
+        self._engine = Reload(found.model, found.space, images.x)
+        self._y = images.y
+        self.n_classes = self._engine.run({}).shape[1]
+        self._check(net)
+
+    def _check(self, net: nn.Module) -> None:
+        """InputError unless the file stores the codes of the twin, tensor by tensor."""
+        encoding = encoding_of(net)
+        if isinstance(encoding, InPlaceSecded):
+            raise InputError(
+                f"the weights are stored as {encoding.name}, which corrects single flips; the "
+                "search looks at one bit at a time and goes with encodings that decode byte by byte"
+            )
+        pairs = zip(self._memory.space.tensors, self._memory.contents, strict=True)
+        stored = {tensor.name: content.tobytes() for tensor, content in pairs}
+        for name, layer in weight_layers(net).items():
+            if stored.get(f"{name}.weight") != encoding.encode(codes(layer).numpy()).tobytes():
+                raise InputError(
+                    f"the file does not store the codes of {name}.weight in the twin; give the "
+                    "checkpoint that the file was exported from"
+                )
+
+    def correct(self, sites: list[Site]) -> NDArray[np.bool_]:
+        """(N,) is the top-1 the label, with the bits at `sites` flipped?"""
+        flat = np.array([self._memory.space.flat(site) for site in sites], np.int64)
+        output = self._engine.run(self._memory.read(np.sort(flat)))
+        return np.asarray(top1(output) == self._y)
+
+
+def chance(n_classes: int, y: NDArray[np.int64]) -> float:
+    """What guessing gets right: 1 / n_classes, or the share of the most frequent label if more."""
+    return max(1 / n_classes, float(np.bincount(y).max() / len(y)))
+
+
+def _sequence(
+    file: _File, net: nn.Module, batch: Dataset, images: Dataset, flips: int, limit: float
+) -> dict[str, Any]:
+    """One search: its flips, and the accuracy of the file after each, down to `limit`."""
+    sites: list[Site] = []
+    rows: list[dict[str, Any]] = []
+    masks: Masks = {}
+    correct = file.correct([])
+    with progress.bar(flips, "flips") as bar:
+        for step in search(net, batch) if flips else ():
+            chosen, masks = step.chosen, step.masks
+            sites.append(
+                Site(tensor=f"{chosen.layer}.weight", offset=chosen.offset, bit=chosen.bit)
+            )
+            correct = file.correct(sites)
+            rows.append(
+                vars(sites[-1])
+                | {"gain": chosen.gain, "loss": step.loss, "n_correct": int(correct.sum())}
+            )
+            bar.update(1)
+            if correct.mean() <= limit or len(rows) == flips:
+                break
+    twin = evaluate.logits(net, images.x, masks=masks).argmax(1).numpy() == images.y
+    return {
+        "flips": rows,
+        "flips_to_chance": len(rows) if rows and correct.mean() <= limit else None,
+        "twin_n_correct": int(twin.sum()),
+        "n_twin_differs": int((twin != correct).sum()),
+    }
+
+
+def bfa(
+    model: Path,
+    twin: Path,
+    data: Dataset,
+    *,
+    images: int | None = None,
+    flips: int = 50,
+    n_seeds: int = 5,
+    batch: int = 128,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Progressive bit search on `twin`, replayed on `model`; the summary in plain JSON values.
+
+    The file is measured on the first `images` of `data` (default: all that the batch leaves); each
+    of `n_seeds` searches draws its attack batch from the rest and ends at chance level
+    (`chance` + MARGIN on the measured images) or after `flips`. `random` has the same file under
+    as many random flips as the longest search made. Raises InputError when the twin is not the
+    checkpoint of the file or the data are too few.
+    """
+    if flips < 1 or n_seeds < 1 or batch < 1:
+        raise InputError(
+            f"flips, seeds and batch must be at least 1, got {flips}, {n_seeds} and {batch}"
+        )
+    n = len(data) - batch if images is None else images
+    if not 0 < n <= len(data) - batch:
+        raise InputError(
+            f"{images or 'no'} images to measure and {batch} to attack with asked for; {data.name} "
+            f"has {len(data)}, and none may be in both"
+        )
+    raw = runtime.read_model(model)
+    net, facts = checkpoint.load(twin)
+    if not facts["quantized"]:
+        raise InputError(f"{twin} is a float checkpoint; the search needs the int8 one")
+    measured = data.first(n)
+    file = _File(raw, net, measured)
+    level = chance(file.n_classes, measured.y)
+    clean = int(file.correct([]).sum())
+    searches = []
+    for number in range(n_seeds):
+        drawn = seeds.stream(seed, "bfa", number).choice(len(data) - n, batch, replace=False)
+        attacker = data.take(n + np.sort(drawn))
+        searches.append(_sequence(file, net, attacker, measured, flips, level + MARGIN))
+    longest = max(len(found["flips"]) for found in searches)
+    return {
+        "model_sha256": artifacts.sha256(model),
+        "twin_sha256": artifacts.sha256(twin),
+        "data_sha256": data.sha256,
+        "n_images": n,
+        "batch": batch,
+        "max_flips": flips,
+        "seed": seed,
+        "clean": {"n_correct": clean, "n_total": n},
+        "chance": level,
+        "limit": level + MARGIN,
+        "searches": searches,
+        "flips_to_chance": _to_chance([s["flips_to_chance"] for s in searches], flips, confidence),
+        "random": _random(model, measured, longest, seed, confidence),
+        "versions": artifacts.versions(),
+        "cpu": runtime.cpu_features(),
+    }
+
+
+def _to_chance(found: list[int | None], flips: int, confidence: float) -> dict[str, Any]:
+    """Over searches; a mean with interval only where all of them reached chance."""
+    reached = [n for n in found if n is not None]
+    result: dict[str, Any] = {"n_reached": len(reached), "n_searches": len(found)}
+    if len(reached) == len(found):
+        mean = metrics.bootstrap_mean(np.array(reached), confidence)
+        return result | {"mean": mean.value, "low": mean.low, "high": mean.high}
+    return result | {"more_than": flips}
+
+
+def _random(
+    model: Path, images: Dataset, flips: int, seed: int, confidence: float
+) -> dict[str, Any] | None:
+    """The exported file under `flips` random flips, RANDOM_PATTERNS times."""
+    if flips == 0:
+        return None
+    with TemporaryDirectory() as folder:
+        found = inject(
+            model, images, out=Path(folder) / "random.store", fault=f"k:{flips}",
+            trials=RANDOM_PATTERNS, seed=seed, confidence=confidence, show=progress.silent,
+        )  # fmt: skip
+    return {"n_flips": flips, "fault_accuracy": found["fault_accuracy"]}
+
+
+def sites_csv(found: dict[str, Any]) -> str:
+    """The flips of every search as `inject --sites` reads them: one pattern a search."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(plans.CSV_COLUMNS)
+    for number, made in enumerate(found["searches"]):
+        writer.writerows(
+            [number, row["tensor"], row["offset"], row["bit"]] for row in made["flips"]
+        )
+    return text.getvalue()
