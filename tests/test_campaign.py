@@ -16,6 +16,7 @@ from resq_deploy import metrics, progress, runtime, store
 from resq_deploy.data import Dataset
 from resq_deploy.errors import HeaderMismatch, InputError
 from resq_deploy.inject import campaign, compare, inject, results, rows, write_csv, write_sites
+from resq_deploy.inject.evaluator import Evaluator
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.space import discover
@@ -99,15 +100,15 @@ def test_resume_runs_only_what_is_missing(
 ) -> None:
     inject(model, DATA, out=tmp_path / "whole", trials=9)
     whole, ran = trials(tmp_path / "whole"), []
-    original = campaign.Evaluator.observe
+    original = Evaluator.observe
 
-    def interrupted(self: campaign.Evaluator, number: int):
+    def interrupted(self: Evaluator, number: int):
         if len(ran) == 4:
             raise KeyboardInterrupt
         ran.append(number)
         return original(self, number)
 
-    monkeypatch.setattr(campaign.Evaluator, "observe", interrupted)
+    monkeypatch.setattr(Evaluator, "observe", interrupted)
     with pytest.raises(KeyboardInterrupt):
         inject(model, DATA, out=tmp_path / "s", trials=9)
     assert trials(tmp_path / "s") == whole[:4]
@@ -274,6 +275,7 @@ def test_wrong_sites_are_refused_with_their_line(
         ({"margin": 1.5}, "margin"),
         ({"trials": 3, "engine": "slow"}, "engine 'slow' does not exist"),
         ({"trials": 3, "workers": 0}, "--workers"),
+        ({"trials": 3, "workers": 2, "scheduler": "tcp://127.0.0.1:9"}, "--scheduler"),
         ({"trials": 3, "seed": -1}, "--seed"),
         ({"trials": 3, "shard": (2, 2)}, "--shard 2/2"),
         ({"trials": 3, "confidence": 1.0}, "confidence"),

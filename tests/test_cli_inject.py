@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import models
 from resq_deploy import store
 from resq_deploy.cli import main
+from resq_deploy.inject.evaluator import Evaluator
 
 RUN = [
     sys.executable,
@@ -241,7 +242,7 @@ def test_ctrl_c_is_one_line_and_code_130(folder: Path, monkeypatch: pytest.Monke
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(campaign.Evaluator, "observe", interrupt)
+    monkeypatch.setattr(Evaluator, "observe", interrupt)
     assert "interrupted" in inject("--trials", "2", code=130)
 
 

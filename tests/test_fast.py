@@ -32,9 +32,11 @@ from resq_deploy import runtime, store
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, Refused
 from resq_deploy.inject import campaign, faults, inject, kernels, layers, results, simd
+from resq_deploy.inject.evaluator import Chunk, Evaluator
 from resq_deploy.inject.fast import Fast, Network
 from resq_deploy.inject.graph import Cut, Unit, Value
 from resq_deploy.inject.memory import Change, Memory
+from resq_deploy.inject.observers import Processes
 from resq_deploy.inject.protect import PROTECTIONS
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.shared import Shared
@@ -1093,17 +1095,17 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def entered(monkeypatch: pytest.MonkeyPatch) -> list[campaign.Chunk]:
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
     """The chunks that the engine turned to, in their order; trials go in blocks of 4."""
     monkeypatch.setattr(campaign, "BLOCK", 4)
-    seen: list[campaign.Chunk] = []
-    enter = campaign.Evaluator.enter
+    seen: list[Chunk] = []
+    enter = Evaluator.enter
 
-    def note(self: campaign.Evaluator, chunk: campaign.Chunk, kept: Any) -> None:
+    def note(self: Evaluator, chunk: Chunk, kept: Any = None) -> None:
         seen.append(chunk)
         enter(self, chunk, kept)
 
-    monkeypatch.setattr(campaign.Evaluator, "enter", note)
+    monkeypatch.setattr(Evaluator, "enter", note)
     return seen
 
 
@@ -1151,15 +1153,15 @@ def test_interrupted_and_divided_campaigns_in_chunks(
     data, limit = dataset(), chunked(small)
     inject(small, data, out=tmp_path / "reload", engine="reload", trials=11)
     expected, ran = trials(tmp_path / "reload"), []
-    observe = campaign.Evaluator.observe
+    observe = Evaluator.observe
 
-    def interrupted(self: campaign.Evaluator, number: int) -> Any:
+    def interrupted(self: Evaluator, number: int) -> Any:
         if len(ran) == 29:  # the second block: 16 trials of chunks, then 4 + 4 + 4 + 1
             raise KeyboardInterrupt
         ran.append(number)
         return observe(self, number)
 
-    monkeypatch.setattr(campaign.Evaluator, "observe", interrupted)
+    monkeypatch.setattr(Evaluator, "observe", interrupted)
     if not runtime.saturates():
         with pytest.raises(KeyboardInterrupt):
             inject(small, data, out=tmp_path / "s", trials=11, memory=limit)
@@ -1226,9 +1228,9 @@ def test_workers_map_one_golden_run_and_leave_nothing(
     monkeypatch.setattr(campaign, "BLOCK", 8)
     seen: dict[int, set[str]] = {}
     inodes = set()
-    observe = campaign._Pool.observe
+    observe = Processes.observe
 
-    def watched(self: campaign._Pool, block: Any) -> Iterator:
+    def watched(self: Processes, block: Any) -> Iterator:
         for batch in observe(self, block):
             if self._shared is not None:
                 inode = os.fstat(self._shared._file.fileno()).st_ino
@@ -1238,7 +1240,7 @@ def test_workers_map_one_golden_run_and_leave_nothing(
                 assert left(temporary) == [], "the file has no name"
             yield batch
 
-    monkeypatch.setattr(campaign._Pool, "observe", watched)
+    monkeypatch.setattr(Processes, "observe", watched)
     inject(small, data, out=tmp_path / "two", trials=14, workers=2, memory=limit)
     assert trials(tmp_path / "two") == trials(tmp_path / "reload")
     if not runtime.saturates():

@@ -1,0 +1,92 @@
+"""What one process does for a campaign: corrupt, run, count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resq_deploy import runtime
+from resq_deploy.errors import Refused
+from resq_deploy.inject import space
+from resq_deploy.inject.fast import Fast, Kept, Network
+from resq_deploy.inject.memory import Memory
+from resq_deploy.inject.observe import Golden, Observed, observe, refused, trial
+from resq_deploy.inject.plans import Plan
+from resq_deploy.inject.reload import Reload
+from resq_deploy.records import Trial
+
+
+class Chunk(NamedTuple):
+    """Images [start, stop) of a campaign."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """All that a process needs to evaluate trials of one campaign."""
+
+    model: bytes
+    """The ONNX file."""
+    x: NDArray[Any]
+    """Images (N, ...) as the data set has them."""
+    y: NDArray[np.int64]
+    golden: NDArray[Any]
+    """Output (N, ...) of the file without faults."""
+    plan: Plan
+    seed: int
+    targets: tuple[str, ...] = space.TARGETS[:1]
+    """What is in the fault space (space.TARGETS, space.ACTIVATION)."""
+    protection: str = "none"
+    """Memory protection, as on the command line."""
+    engine: str = "fast"
+    """One of ENGINES."""
+
+    def memory(self) -> tuple[space.Discovery, Memory]:
+        """The model made ready for faults, and the memory that holds its tensors."""
+        found = space.discover(runtime.parse_model(self.model), self.targets)
+        return found, Memory.of(found, self.protection)
+
+
+class Evaluator:
+    """Evaluates trials of a job in one process, one chunk of images at a time."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self._found, self._memory = job.memory()
+        self.network = Network(self._found, job.x) if job.engine == "fast" else None
+        """What the fast engine prepared; None with the reload engine."""
+        self.chunk: Chunk | None = None
+        """Where this process is."""
+
+    def enter(self, chunk: Chunk, kept: Kept | None = None) -> None:
+        """Turn to a chunk of the images; `kept` is its golden run, which is made when missing."""
+        job, part = self.job, slice(chunk.start, chunk.stop)
+        self.chunk = chunk
+        self._golden = Golden(output=job.golden[part], y=job.y[part])
+        if self.network is not None:
+            kept = kept or self.network.keep(job.x[part])
+            self._engine: Fast | Reload = Fast(self.network, kept, job.x[part])
+        else:
+            self._engine = Reload(self._found.model, self._found.space, job.x[part])
+
+    def observe(self, number: int) -> Observed:
+        """Corrupt, run, count over the images of the chunk."""
+        plan, memory = self.job.plan, self._memory
+        cells = plan.cells(number, memory.space, self.job.seed)
+        try:
+            images, output = self._engine.changed(memory.read(plan.flips(cells, memory)))
+        except Refused:
+            return refused(self._golden)
+        return observe(self._golden, output, images)
+
+    def trial(self, number: int, observed: Observed) -> Trial:
+        """The record of a trial whose chunks add up to `observed`."""
+        plan, memory = self.job.plan, self._memory
+        cells = plan.cells(number, memory.space, self.job.seed)
+        site = memory.space.sites(cells)[0] if len(cells) == 1 else None
+        return trial(number, plan.rate(number), len(plan.flips(cells, memory)), site, observed)

@@ -1,0 +1,228 @@
+"""Where the trials of a campaign are observed: in this process, in others, on other machines."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from resq_deploy import runtime
+from resq_deploy.errors import InputError, MissingExtra, ResqError
+from resq_deploy.inject.evaluator import Chunk, Evaluator, Job
+from resq_deploy.inject.fast import Network
+from resq_deploy.inject.observe import Observed
+from resq_deploy.inject.shared import Handle, Shared
+
+AHEAD = 4
+"""Trials queued for each worker: enough to keep it busy, few enough to end soon."""
+
+CONNECT_S = 10
+"""Seconds to wait for a Dask scheduler."""
+
+Results = Iterator[list[tuple[int, Observed]]]
+
+
+class Serial:
+    """Observes trials in this process."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self._evaluator = evaluator
+
+    def enter(self, chunk: Chunk) -> None:
+        """Make the golden run of a chunk."""
+        self._evaluator.enter(chunk)
+
+    def observe(self, numbers: Sequence[int]) -> Results:
+        """Batches as they finish."""
+        for number in numbers:
+            yield [(number, self._evaluator.observe(number))]
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class _Remote:
+    """Observes trials by an executor."""
+
+    lost = ""
+    """What to say when a worker died."""
+
+    def __init__(self, executor: Executor, workers: int) -> None:
+        self._pool: Any = executor
+        self._workers = workers
+
+    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        raise NotImplementedError
+
+    def observe(self, numbers: Sequence[int]) -> Results:
+        """Batches as they finish; when interrupted, those in flight still come out."""
+        todo = iter(numbers)
+        running: set[Future[tuple[int, Observed]]] = set()
+        interrupted: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with _interrupts_held():
+                    for number in islice(todo, self._workers * AHEAD - len(running)):
+                        work, arguments = self._task(number)
+                        running.add(self._pool.submit(work, number, *arguments))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+            except KeyboardInterrupt as error:
+                interrupted, todo, done = error, iter(()), set()
+                running = {future for future in running if not future.cancel()}
+            if done:
+                try:
+                    yield [future.result() for future in done]
+                except (BrokenProcessPool, CancelledError, OSError):
+                    raise ResqError(
+                        f"{self.lost}; finished trials are stored: continue with --resume"
+                    ) from None
+            elif not running:
+                break
+        if interrupted:
+            raise interrupted
+
+
+class Processes(_Remote):
+    """Observes trials in worker processes, which map one golden run."""
+
+    lost = "a worker process died (out of memory? give fewer --workers)"
+
+    def __init__(self, job: Job, network: Network | None, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        super().__init__(
+            ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)), workers
+        )
+        self._job, self._network = job, network
+        self._shared: Shared | None = None
+
+    def enter(self, chunk: Chunk) -> None:
+        """Make the golden run of a chunk, for all workers."""
+        self._chunk, self._handle = chunk, None
+        if self._network is not None:
+            if self._shared is not None:
+                self._shared.close()
+            self._shared = Shared()
+            kept = self._network.keep(self._job.x[chunk.start : chunk.stop], self._shared.allocate)
+            self._handle = self._shared.handle(kept)
+
+    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _work, (self._chunk, self._handle)
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._shared is not None:
+            self._shared.close()
+
+
+class Cluster(_Remote):
+    """Observes trials on the workers of a Dask cluster; each makes golden runs of its own."""
+
+    lost = "the Dask cluster was lost or a worker died again and again (out of memory?)"
+
+    def __init__(self, job: Job, address: str) -> None:
+        """Raises MissingExtra, InputError when no scheduler answers at `address`."""
+        try:
+            from distributed import Client
+        except ImportError:
+            raise MissingExtra("distributed", "dask") from None
+        try:
+            self._client: Any = Client(address, timeout=CONNECT_S)
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(
+                f"--scheduler {address} given; no Dask scheduler answers there ({error}); expected "
+                "an address such as tcp://host:8786, as `dask scheduler` prints it"
+            ) from None
+        workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+        if not workers or any(worker["nthreads"] != 1 for worker in workers):
+            threads = sorted({worker["nthreads"] for worker in workers})
+            self._client.close()
+            raise InputError(
+                f"--scheduler {address} given; it has {len(workers)} workers with {threads} threads"
+                " each; expected workers of one thread: dask worker --nthreads 1 --nworkers N"
+            )
+        super().__init__(self._client.get_executor(pure=False), len(workers))
+        self.memory = min(w["memory_limit"] or 2**62 for w in workers) // 3
+        """Bytes that golden data may take on every worker, when nothing else is said."""
+        self._key = hashlib.sha256(pickle.dumps(job)).hexdigest()
+        self._job = self._client.scatter(job, broadcast=True, hash=False)
+        self._facts = _facts()
+
+    def enter(self, chunk: Chunk) -> None:
+        """Workers make the golden run of a chunk with their first trial of it."""
+        self._chunk = chunk
+
+    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _work_alone, (self._chunk, self._key, self._job, self._facts)
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self._client.close()
+
+
+def _facts() -> dict[str, Any]:
+    """What must be the same wherever trials of one campaign run."""
+    return {**runtime.versions(), "VNNI": ", ".join(runtime.cpu_features()["vnni"]) or "none"}
+
+
+_evaluator: Evaluator | None = None  # of this worker process
+_key = ""  # the job that it is for, on a cluster
+
+
+def _start(job: Job) -> None:
+    global _evaluator
+    _evaluator = Evaluator(job)
+    # A killed campaign must not leave workers behind that wait for work for ever.
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work(number: int, chunk: Chunk, handle: Handle | None) -> tuple[int, Observed]:
+    assert _evaluator is not None
+    if _evaluator.chunk != chunk:
+        _evaluator.enter(chunk, None if handle is None else handle.open())
+    return number, _evaluator.observe(number)
+
+
+def _work_alone(
+    number: int, chunk: Chunk, key: str, job: Job, facts: dict[str, Any]
+) -> tuple[int, Observed]:
+    global _evaluator, _key
+    if key != _key:
+        mine = _facts()
+        for name, value in facts.items():
+            if mine.get(name) != value:
+                raise InputError(
+                    f"a Dask worker has {name} {mine.get(name)}, this machine has {value}; results "
+                    "are only the same with the same: start workers in the same environment"
+                )
+        _evaluator, _key = Evaluator(job), key
+    assert _evaluator is not None
+    if _evaluator.chunk != chunk:
+        _evaluator.enter(chunk)
+    return number, _evaluator.observe(number)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold back Ctrl-C here, and for ever in processes started here: the parent handles it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
