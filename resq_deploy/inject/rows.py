@@ -12,6 +12,7 @@ import numpy as np
 from resq_deploy import store
 from resq_deploy.errors import MissingExtra
 from resq_deploy.inject import plans
+from resq_deploy.inject.addresses import address, read_map
 from resq_deploy.inject.space import Space, Tensor
 from resq_deploy.records import Site, Trial
 from resq_deploy.store import Header
@@ -21,6 +22,8 @@ COLUMNS = tuple(
     "rate,n_sdc5,n_nonfinite,margin_lost,margin_worst,outcome".split(",")
 )
 """Of the rows of trials; tensor, offset and bit are the struck site."""
+ADDRESSES = ("address", "address_bit")
+"""Two columns more where a memory map is given."""
 
 
 def channel(tensor: Tensor, offset: int) -> int | None:
@@ -41,30 +44,40 @@ def _struck(header: Header, trials: Sequence[Trial]) -> Iterator[tuple[Trial, li
             yield trial, space.sites(plan.cells(trial.trial, space, header.seed))
 
 
-def _rows(paths: Sequence[Path], *, joined: bool) -> Iterator[dict[str, Any]]:
-    """A row in COLUMNS a trial, None where it has no value.
+def _rows(
+    paths: Sequence[Path], *, joined: bool, map_file: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """A row in COLUMNS a trial, and with a memory map in ADDRESSES; None where it has no value.
 
     With `joined` the sites of patterns with several cells are joined with `;`.
     """
     header, trials, _ = store.read(paths)
+    mapped = read_map(map_file, header)
     pairs = _struck(header, trials) if joined else ((t, [t.site] if t.site else []) for t in trials)
     for trial, hit in pairs:
         row = {name: getattr(trial, name, None) for name in COLUMNS}
-        for name in ("tensor", "offset", "bit"):
-            row[name] = ";".join(str(getattr(site, name)) for site in hit) or None
+        cells = [vars(site) for site in hit]
+        if mapped is not None:
+            cells = [vars(site) | address(mapped, site) for site in hit]
+        for name in ("tensor", "offset", "bit", *(ADDRESSES if mapped else ())):
+            values = ["" if cell[name] is None else str(cell[name]) for cell in cells]
+            row[name] = ";".join(values) or None
         yield row
 
 
-def write_csv(paths: Sequence[Path], out: Path, *, sites: bool = False) -> int:
-    """One row per trial in COLUMNS. Returns the number of rows.
+def write_csv(
+    paths: Sequence[Path], out: Path, *, sites: bool = False, map_file: Path | None = None
+) -> int:
+    """One row per trial in COLUMNS, and with a memory map in ADDRESSES. Returns the number of rows.
 
-    With `sites` the sites of patterns with several cells stand in the three site columns, joined
-    with `;`; without, those columns are empty there.
+    With `sites` the sites of patterns with several cells stand in the columns of sites and
+    addresses, joined with `;`; without, those columns are empty there.
     """
-    rows = [list(row.values()) for row in _rows(paths, joined=sites)]
+    rows = [list(row.values()) for row in _rows(paths, joined=sites, map_file=map_file)]
+    columns = COLUMNS if map_file is None else (*COLUMNS, *ADDRESSES)
     with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([COLUMNS, *rows])
+        writer.writerows([columns, *rows])
     return len(rows)
 
 

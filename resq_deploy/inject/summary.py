@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from resq_deploy import metrics, store
 from resq_deploy.errors import InputError
-from resq_deploy.inject import plans, protect, rows
+from resq_deploy.inject import addresses, plans, protect, rows
 from resq_deploy.inject.plans import Plan, Strata, SweepUntil, Until, sequential
 from resq_deploy.inject.space import CHECK, Space
 from resq_deploy.metrics import Method
@@ -351,7 +351,7 @@ def summarize(
         "fault": header.fault,
         "targets": list(dict.fromkeys(t.target for t in stored.tensors if t.target != CHECK)),
         "protection": protection.cost(stored),
-        "plan": {k: v for k, v in header.plan.items() if k != "sites"},
+        "plan": {k: v for k, v in header.plan.items() if k not in ("sites", "masks")},
         "seed": header.seed,
         "shard": header.shard,
         "n_bits": stored.n_bits,
@@ -388,9 +388,15 @@ def results(
     confidence: float = 0.95,
     interval: Method = "wilson",
     raw_fit: float | None = None,
+    map_file: Path | None = None,
 ) -> dict[str, Any]:
-    """The summary of a store, or of the stores of one campaign's shards together."""
+    """The summary of a store, or of the stores of one campaign's shards together.
+
+    With `addresses.report`, for which `map_file` is the memory map of the model.
+    """
     header, trials, seconds = store.read(paths)
-    return summarize(
+    mapped = addresses.read_map(map_file, header)
+    summary = summarize(
         header, trials, seconds, confidence=confidence, interval=interval, raw_fit=raw_fit
     )
+    return summary | addresses.report(header, trials, mapped)

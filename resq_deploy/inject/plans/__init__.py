@@ -16,6 +16,7 @@ from resq_deploy.inject import faults
 from resq_deploy.inject.faults import Fault, Numbered, SingleFlip
 from resq_deploy.inject.plans.base import Plan
 from resq_deploy.inject.plans.basic import Exhaustive, Random, Sweep
+from resq_deploy.inject.plans.image import Image, read_image
 from resq_deploy.inject.plans.listed import CSV_COLUMNS, Listed, read_sites
 from resq_deploy.inject.plans.sequential import SweepUntil, Until, check_width
 from resq_deploy.inject.plans.strata import Strata
@@ -33,6 +34,8 @@ def restore(description: dict[str, Any], fault: str, space: Space) -> Plan:
     """The plan that `describe` described, of the fault model named `fault`."""
     given = dict(description)
     kind = given.pop("kind")
+    if kind == "image":
+        return Image.restore(**given)
     model = faults.parse("single" if fault == "sites" else fault)
     if kind == "exhaustive":
         return Exhaustive.of(model, space)
@@ -68,15 +71,18 @@ def make(
     rates: Sequence[float] = (),
     draws: int | None = None,
     until_width: float | None = None,
+    image: Image | None = None,
 ) -> Plan:
     """The plan that the options of `inject` ask for; InputError when they ask for none or two.
 
     Exactly one of `trials`, `margin` (finite-population sample size at `confidence`; with
     `per_layer` or `per_layer_bit` for each layer or each bit of each layer), `exhaustive`,
-    `sites`, `until_width` and `rates` (with `draws`, 50 by default, or up to `draws` with
+    `sites`, `image`, `until_width` and `rates` (with `draws`, 50 by default, or up to `draws` with
     `until_width`), among those that the fault model goes with: `fault`, which is `ber` with
     `rates` and else `single` when it is not given.
     """
+    if image is not None and fault is not None:
+        raise InputError(f"--fault {fault} with --image given; the dump says what is faulty")
     fault = fault or ("ber" if rates else "single")
     model = faults.parse(fault)
     given = {
@@ -84,6 +90,7 @@ def make(
         "--margin": margin is not None,
         "--exhaustive": exhaustive,
         "--sites": sites is not None,
+        "--image": image is not None,
         "--until-width": until_width is not None and not rates,
         "--rates": bool(rates),
     }
@@ -92,7 +99,7 @@ def make(
         raise InputError(
             f"{' and '.join(names) or 'no plan'} given; expected exactly one of {', '.join(given)}"
         )
-    if names[0] not in model.plans:
+    if image is None and names[0] not in model.plans:
         fitting = [name for name in given if name in model.plans]
         raise InputError(
             f"--fault {fault} with {names[0]} given; {fault} goes with {' or '.join(fitting)}"
@@ -101,6 +108,8 @@ def make(
         raise InputError(f"--draws {draws} given without --rates; use --trials")
     if (per_layer or per_layer_bit) and margin is None:
         raise InputError("--per-layer or --per-layer-bit given without --margin; add it")
+    if image is not None:
+        return image
     if until_width is not None:
         check_width(until_width)
     if rates:
@@ -171,6 +180,7 @@ def _sweep(
 __all__ = [
     "CSV_COLUMNS",
     "Exhaustive",
+    "Image",
     "Listed",
     "Plan",
     "Random",
@@ -179,6 +189,7 @@ __all__ = [
     "SweepUntil",
     "Until",
     "make",
+    "read_image",
     "read_sites",
     "restore",
 ]
