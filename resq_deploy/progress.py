@@ -42,7 +42,7 @@ class _Lines:
             return
         self.last = now
         rate = self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / rate
+        left = (self.total - self.done) / max(rate, 1e-9)
         line = f"{self.done}/{self.total} {self.what}, {rate:.3g}/s, {left:.0f} s left"
         print(line, file=sys.stderr, flush=True)
 

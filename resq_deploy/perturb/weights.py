@@ -13,13 +13,25 @@ from typing import Any, cast
 import numpy as np
 import torch
 from brevitas.quant_tensor import IntQuantTensor
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import bits
-from resq_deploy.nets.quantized import weight_layers
+from resq_deploy.errors import InputError
+from resq_deploy.nets.quantized import codes, weight_layers
 
 Masks = Mapping[str, Tensor]
 """Layer name -> int8 tensor of the weight's shape; bit b set means: bit b is flipped."""
+
+
+def _mask(weight: Tensor, at: NDArray[np.int64]) -> Tensor:
+    """The mask that flips bit `at` % 8 of element `at` // 8 of a weight."""
+    mask = bits.flip_sites(np.zeros(weight.numel(), np.int8), at // 8, at % 8)
+    return torch.from_numpy(mask).reshape(weight.shape).to(weight.device)
+
+
+def _weights(net: nn.Module) -> dict[str, Tensor]:
+    return {name: cast(Tensor, layer.weight) for name, layer in weight_layers(net).items()}
 
 
 def random_masks(
@@ -30,14 +42,71 @@ def random_masks(
     A layer that `rates` does not name, or that draws no error, is left out.
     """
     masks = {}
-    for name, layer in weight_layers(net).items():
-        weight = cast(Tensor, layer.weight)
+    for name, weight in _weights(net).items():
         rate = rates if isinstance(rates, float) else rates.get(name, 0.0)
         at = bits.random_positions(8 * weight.numel(), rate, rng)
         if at.size:
-            mask = bits.flip_sites(np.zeros(weight.numel(), np.int8), at // 8, at % 8)
-            masks[name] = torch.from_numpy(mask).reshape(weight.shape).to(weight.device)
+            masks[name] = _mask(weight, at)
     return masks
+
+
+def k_masks(
+    net: nn.Module, k: int, rates: Mapping[str, float], rng: np.random.Generator
+) -> dict[str, Tensor]:
+    """Exactly `k` distinct stored bits of the whole network, bits of a layer drawn in proportion
+    to its rate (equal rates: every set of k bits alike).
+
+    InputError when the layers with a rate above 0 have fewer bits.
+    """
+    layers = {name: w for name, w in _weights(net).items() if rates.get(name, 0.0) > 0}
+    n_bits = np.array([8 * w.numel() for w in layers.values()])
+    if k > n_bits.sum():
+        raise InputError(f"{k} bits are to flip; the layers that may be hit have {n_bits.sum()}")
+    share = n_bits * np.array([rates[name] for name in layers])
+    found: set[tuple[int, int]] = set()
+    while len(found) < k:  # a bit that was drawn before is drawn again
+        for layer in rng.choice(len(layers), size=k - len(found), p=share / share.sum()):
+            found.add((int(layer), int(rng.integers(n_bits[layer]))))
+    hit: dict[int, list[int]] = {}
+    for layer, position in sorted(found):
+        hit.setdefault(layer, []).append(position)
+    names = list(layers)
+    return {names[i]: _mask(layers[names[i]], np.array(at)) for i, at in hit.items()}
+
+
+def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The `k` bits, at most one per weight, whose flips raise the loss most to first order.
+
+    `gradients` holds dL/dW by layer; flipping a bit changes the loss by about dL/dW times the
+    scale times the change of the code. Fewer than k where fewer would raise it.
+    """
+    gains, chosen, starts = [], [], [0]
+    layers = weight_layers(net)
+    for name, gradient in gradients.items():
+        code = codes(layers[name]).to(torch.int16)
+        scale = cast(Any, layers[name]).quant_weight().scale.detach()
+        slope = (gradient.detach() * scale).float()
+        change = torch.stack([_change(code, bit) * slope for bit in range(8)])
+        best, bit = change.flatten(1).max(dim=0)
+        gains.append(best)
+        chosen.append(bit)
+        starts.append(starts[-1] + len(best))
+    top = torch.cat(gains).topk(min(k, starts[-1]))
+    bit_of = torch.cat(chosen)
+    at = np.sort(top.indices[top.values > 0].cpu().numpy())
+    masks = {}
+    for name, start, end in zip(gradients, starts, starts[1:], strict=False):
+        inside = at[(at >= start) & (at < end)]
+        if inside.size:
+            bits_there = bit_of[torch.from_numpy(inside)].cpu().numpy()
+            masks[name] = _mask(_weights(net)[name], 8 * (inside - start) + bits_there)
+    return masks
+
+
+def _change(code: Tensor, bit: int) -> Tensor:
+    """By how much int8 codes (held as int16) change when a bit flips; bit 7 weighs -128."""
+    weight = 1 << bit if bit < 7 else -128
+    return torch.where((code >> bit) & 1 == 1, -weight, weight)
 
 
 def _corrupt(mask: Tensor) -> Any:

@@ -14,8 +14,10 @@ from resq_deploy.errors import InputError
 from resq_deploy.nets import build, checkpoint, names
 from resq_deploy.nets.quantized import calibrate, quantize
 from resq_deploy.recipe import Recipe
+from resq_deploy.train.attacks import ATTACKS
+from resq_deploy.train.faults import FAULTS, Clip
 from resq_deploy.train.loop import fit, precision
-from resq_deploy.train.objectives import ATTACKS, FAULTS, CrossEntropy, RandBET
+from resq_deploy.train.objectives import CrossEntropy
 
 STAGES = ("float", "baseline", "attack", "fault")
 
@@ -42,7 +44,8 @@ def _objective(recipe: Recipe, stage: str) -> CrossEntropy:
 
 def _inputs(recipe: Recipe, stage: str, start: Path | None, images: tuple[Dataset, Dataset]) -> Any:
     """Everything that a stage's checkpoint depends on: an unchanged digest is not run again."""
-    sections = [stage, "model"] + (["attack"] if stage == "fault" else [])
+    keeps_attack = stage == "fault" and recipe.fault.keep_attack
+    sections = [stage, "model"] + ["attack"] * keeps_attack
     config = {name: getattr(recipe, name).model_dump(mode="json") for name in sections}
     if recipe.float.checkpoint is not None and stage == "float":
         config["float"] = {"checkpoint": artifacts.sha256(recipe.float.checkpoint)}
@@ -130,7 +133,7 @@ def train(
         "precision": precision(device),
         "threads": torch.get_num_threads(),
     }
-    if isinstance(objective, RandBET):
+    if isinstance(objective, Clip):
         facts["criticality"] = objective.criticality.ranking(net) if history else []
     checkpoint.save(final, net, inputs=inputs, **facts)
     for path in (resume, artifacts.sidecar(resume)):

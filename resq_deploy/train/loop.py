@@ -26,6 +26,9 @@ from resq_deploy.recipe import Training
 class Objective(Protocol):
     """What a stage minimises. A new method implements these and gets the loop for free."""
 
+    def begin(self, steps: int) -> None:
+        """Before the first step: the whole stage has so many, those before a restart included."""
+
     def loss(self, net: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Scalar loss of one batch: x (N, C, H, W) in [0, 1], y (N,)."""
 
@@ -74,22 +77,23 @@ def _save(path: Path, net: nn.Module, sgd: torch.optim.SGD, objective: Objective
     write_tensors(path, tensors)
 
 
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 @torch.no_grad()
 def _restore(path: Path, net: nn.Module, config: Training, objective: Objective) -> torch.optim.SGD:
     tensors = read_tensors(path)
-    net.load_state_dict(_part(tensors, "net."))
+    net.load_state_dict(part(tensors, "net."))
     # Only now: Brevitas replaces parameters while it loads, and the optimizer must hold the new.
     sgd = _optimizer(net, config)
-    momentum = _part(tensors, "momentum.")
+    momentum = part(tensors, "momentum.")
     for name, p in net.named_parameters():
         if name in momentum:
             # In the memory format of p: another one takes other kernels, which round otherwise.
             sgd.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
-    objective.load_state(_part(tensors, "objective."))
+    objective.load_state(part(tensors, "objective."))
     return sgd
 
 
@@ -124,6 +128,7 @@ def fit(
     batch = min(config.batch, len(data))
     steps = len(data) // batch
     total = steps * config.epochs
+    objective.begin(total)
     half = precision(device) == "bfloat16"
     with progress.bar(total, stage) as bar:
         bar.update(len(history) * steps)
