@@ -5,8 +5,9 @@
     python benchmarks/engines.py --root DIR --write docs/engine.md
 
 Prints tables; with --write they go into a page. Both engines see the same faults and images,
-single flips drawn as `inject --trials` draws them, in one process with one thread, taking turns,
-so that what else the machine does meets both. Networks with models/cifar10-NET.float.safetensors
+single flips drawn as `inject --trials` draws them, in one process with one thread, taking turns.
+Times are processor time of that thread: where the machine does other things too, waiting for it does
+not count, a shared cache does. Networks with models/cifar10-NET.float.safetensors
 have those weights, the others fresh ones with batch statistics of CIFAR-10 ("fresh"); all are
 quantized by calibration alone. PyTorchFI is compared with where it is installed
 (`pip install --no-deps pytorchfi==0.6.0`).
@@ -79,6 +80,9 @@ def subject(name: str, images: Dataset) -> Subject:
     if weights.is_file():
         checkpoint.load_state(net, checkpoint.read_tensors(weights), str(weights))
     else:
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = None  # the average of all batches: fresh weights move far
         with torch.no_grad():
             for start in range(0, len(x), 64):
                 net.train()(x[start : start + 64])
@@ -112,12 +116,12 @@ class Bench:
     def __post_init__(self) -> None:
         found = space.discover(runtime.parse_model(self.subject.model))
         self.found, self.memory = found, Memory.of(found)
-        start = time.perf_counter()
+        start = time.thread_time()
         self.network = Network(found, self.images.x)
-        self.prepare = time.perf_counter() - start
-        start = time.perf_counter()
+        self.prepare = time.thread_time() - start
+        start = time.thread_time()
         self.kept = self.network.keep(self.images.x)
-        self.keep = time.perf_counter() - start
+        self.keep = time.thread_time() - start
         self.fast = Counted(self.network, self.kept, self.images.x)
         self.reload = Reload(found.model, found.space, self.images.x)
         single = faults.parse("single")
@@ -126,9 +130,9 @@ class Bench:
         self.flips = [self.memory.space.sites(c)[0] for c in cells]
 
     def timed(self, what: str, run: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.thread_time()
         result = run()
-        self.seconds[what].append(time.perf_counter() - start)
+        self.seconds[what].append(time.thread_time() - start)
         return result
 
     def plain(self) -> None:
@@ -206,9 +210,9 @@ def profiled(network: Network) -> Iterator[Counter[str]]:
 
     def timer(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            start = time.perf_counter()
+            start = time.thread_time()
             result = inner(*args)
-            spent[name] += time.perf_counter() - start
+            spent[name] += time.thread_time() - start
             return result
 
         return run
@@ -229,10 +233,10 @@ def profiled(network: Network) -> Iterator[Counter[str]]:
 def profile(bench: Bench) -> list[list[Any]]:
     """Where the time of a fault goes."""
     with profiled(bench.network) as spent:
-        start = time.perf_counter()
+        start = time.thread_time()
         for change in bench.changes:
             bench.fast.changed(change)
-        total = time.perf_counter() - start
+        total = time.thread_time() - start
     spent["Python and the rest"] = total - sum(spent.values())
     n = len(bench.changes)
     rows = [
@@ -278,9 +282,9 @@ def many(bench: Bench) -> list[list[Any]]:
         for draw in range(4):
             cells = ber.sample(bench.memory.space, seed=0, draw=draw, rate=rate)
             change = bench.memory.read(ber.flips(cells, bench.memory))
-            start = time.perf_counter()
+            start = time.thread_time()
             bench.fast.changed(change)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time.thread_time() - start)
             bench.plain()
         plain = np.median(bench.seconds["plain"])
         rows.append([bench.subject.name, f"{rate:g}", len(cells), f"{1e3 * plain:.0f}",
@@ -318,26 +322,26 @@ def against_torch(bench: Bench, trials: int) -> list[list[Any]]:
                 net(x[start : start + 100])
 
     for name, site, change in pairs:
-        start = time.perf_counter()
+        start = time.thread_time()
         bench.fast.changed(change)
-        seconds["fast"].append(time.perf_counter() - start)
+        seconds["fast"].append(time.thread_time() - start)
         shape = tuple(weights[f"{name}.weight"].shape)
         mask = np.zeros(int(np.prod(shape)), np.uint8)
         mask[site.offset] = 1 << site.bit
-        start = time.perf_counter()
+        start = time.thread_time()
         masks = {name: torch.from_numpy(mask.view(np.int8)).reshape(shape)}
         with bit_errors(sub.int8, masks):
             forward(sub.int8.eval())
-        seconds["Brevitas"].append(time.perf_counter() - start)
+        seconds["Brevitas"].append(time.thread_time() - start)
         if pfi is not None:
             k, c, h, w = (int(i) for i in np.unravel_index(site.offset, shape))
-            start = time.perf_counter()
+            start = time.thread_time()
             faulty = pfi.declare_weight_fi(
                 layer_num=[convs.index(name)], k=[k], dim1=[c], dim2=[h], dim3=[w],
                 value=[float(weights[f"{name}.weight"][k, c, h, w]) * 2],
             )  # fmt: skip
             forward(faulty)
-            seconds["PyTorchFI, float"].append(time.perf_counter() - start)
+            seconds["PyTorchFI, float"].append(time.thread_time() - start)
     mine = np.mean(seconds["fast"])
     return [
         [sub.name, what, len(s), f"{1e3 * np.mean(s):.1f}", f"{np.mean(s) / mine:.0f}"]
