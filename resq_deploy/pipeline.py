@@ -33,7 +33,7 @@ def cores() -> int:
 def harden(
     recipe: Recipe, *, out: Path, device: str = "cpu", fresh: bool = False
 ) -> dict[str, Path]:
-    """Train every stage that the recipe asks for, and adjust; returns the checkpoint of each, by stage name."""
+    """Train every stage that the recipe asks for, and adjust; the checkpoint of each, by name."""
     found: dict[str, Path] = {}
     last = None
     for stage in planned(recipe):

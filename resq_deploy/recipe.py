@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from resq_deploy.errors import InputError
 
@@ -60,15 +60,51 @@ class Data(_Section):
 class Model(_Section):
     """Which network."""
 
-    net: str = Field(
+    net: str | None = Field(
+        None,
         description="network: resnet8, resnet20, resnet18, vgg16, mobilenetv2, efficientnet_b0 "
-        "or swin_tiny"
+        "or swin_tiny",
+    )
+    source: str | None = Field(
+        None,
+        pattern=r"^.+:[A-Za-z_][A-Za-z0-9_]*$",
+        description="a network of your own instead: path/to/file.py:factory, relative to the "
+        "recipe, or package.module:factory; the stage float executes it",
+    )
+    arguments: dict[str, bool | int | float | str] | None = Field(
+        None, description="keyword arguments of the factory of source"
+    )
+    mean: tuple[float, ...] | None = Field(
+        None, description="with source: mean per channel that the network expects to be subtracted"
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        None, description="with source: deviation per channel that it expects to be divided by"
     )
     image_size: Literal[32, 224] = Field(
         32, description="height and width of the images that the network's form is made for"
     )
     width: float = Field(1.0, gt=0, description="multiplier of the numbers of channels")
     weight_bits: Literal[8, 4] = Field(8, description="bits of every weight")
+
+    @model_validator(mode="after")
+    def _one_network(self) -> Model:
+        own = {"arguments", "mean", "std"}
+        given = self.model_fields_set & ({"image_size", "width"} if self.source else own)
+        if (self.net is None) == (self.source is None):
+            raise ValueError("give one of net and source")
+        if given:
+            other = "source" if self.source else "net"
+            raise ValueError(f"{', '.join(sorted(given))} has no meaning with {other}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give mean and std, or neither")
+        return self
+
+    def portable_source(self) -> str | None:
+        """`source` without the folder, which is this machine's."""
+        if self.source is None:
+            return None
+        file, _, factory = self.source.rpartition(":")
+        return f"{Path(file).name}:{factory}"
 
 
 class Training(_Section):
@@ -87,10 +123,25 @@ class Training(_Section):
 class Float(Training):
     """Float pre-training."""
 
+    epochs: int = Field(0, ge=0, description="passes over the training images")
+    lr: float = Field(0.1, gt=0, description="peak learning rate")
     checkpoint: Path | None = Field(
         None,
         description="float safetensors, relative to the recipe, that is taken instead of "
         "training; the other fields then say how it was made",
+    )
+
+
+class Baseline(Training):
+    """The int8 network that every table compares with; without epochs it is only calibrated."""
+
+    epochs: int = Field(0, ge=0, description="passes over the training images")
+    lr: float = Field(0.01, gt=0, description="peak learning rate")
+    equalize: int = Field(
+        0, ge=0, description="iterations of cross-layer equalization before quantizing"
+    )
+    bias_correction: bool = Field(
+        False, description="after calibrating, restore mean outputs per channel"
     )
 
 
@@ -166,6 +217,10 @@ class Export(_Section):
     opset: Annotated[int, Field(ge=13, le=20)] = Field(19, description="ONNX opset")
     ir_version: Annotated[int, Field(ge=8, le=13)] = Field(10, description="ONNX IR version")
     parity_images: Positive = Field(1000, description="test images of the parity proof")
+    tflite: Literal["where-possible", "required"] = Field(
+        "where-possible",
+        description="whether a network that TFLite cannot hold is exported without model.tflite",
+    )
 
 
 class Prove(_Section):
@@ -198,9 +253,9 @@ class Recipe(_Section):
     data: Data
     model: Model
     float: Float
-    baseline: Training
-    attack: Attack
-    fault: Fault
+    baseline: Baseline = Baseline()
+    attack: Attack = Attack(epochs=0, lr=0.01, epsilon=0)
+    fault: Fault = Fault(epochs=0, lr=0.01)
     adjust: Adjust
     export: Export = Export()
     prove: Prove = Prove()
@@ -212,6 +267,7 @@ class Recipe(_Section):
         for field in _NPZ_FIELDS:
             if (raw["data"][field] or "").endswith(".npz"):
                 raw["data"][field] = Path(raw["data"][field]).name
+        raw["model"]["source"] = self.model.portable_source()
         return raw
 
 
@@ -276,6 +332,12 @@ def load(path: Path) -> Recipe:
         if not checkpoint.is_file():
             raise InputError(f"{path}: float.checkpoint: no file {checkpoint}")
         update["float"] = recipe.float.model_copy(update={"checkpoint": checkpoint})
+    file, _, factory = (recipe.model.source or "").rpartition(":")
+    if file.endswith(".py"):
+        if not (here / file).is_file():
+            raise InputError(f"{path}: model.source: no file {here / file}")
+        source = f"{here / file}:{factory}"
+        update["model"] = recipe.model.model_copy(update={"source": source})
     calibration = here.parent / "calibration" / f"{recipe.data.calibration}.toml"
     data: dict[str, Any] = {"calibration": str(calibration)}
     if recipe.data.root is not None:

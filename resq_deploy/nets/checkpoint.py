@@ -15,6 +15,7 @@ from resq_deploy import artifacts
 from resq_deploy.errors import InputError
 from resq_deploy.nets import build
 from resq_deploy.nets.quantized import quantize
+from resq_deploy.nets.steps import assemble
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -52,7 +53,8 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
-    arguments of `build`, and `weight_bits` and `encoding` where they are not 8 and plain)."""
+    arguments of `build`, or the `steps` of a traced network; and `weight_bits` and `encoding`
+    where they are not 8 and plain)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
@@ -78,7 +80,7 @@ def load(path: Path, *, encoding: str | None = None) -> tuple[nn.Module, dict[st
             facts["net"]["encoding"] = encoding
         arguments = dict(facts["net"])
         stored = {k: arguments.pop(k) for k in ("weight_bits", "encoding") if k in arguments}
-        net = build(**arguments)
+        net = assemble(arguments["steps"]) if "steps" in arguments else build(**arguments)
         quantized = facts["quantized"]
     except (KeyError, TypeError):
         raise InputError(f"{artifacts.sidecar(path)} is not the sidecar of a checkpoint") from None

@@ -227,6 +227,12 @@ def _check_campaign(found: Campaign, missing: list[str], warnings: list[str]) ->
     warnings.extend(f"{found.name}: {text}" for text in found.header.warnings)
 
 
+def _left_out(recipe: dict[str, Any]) -> set[str]:
+    """Training stages that the recipe does not ask for."""
+    sections = {name: recipe.get(name) for name in STAGES[1:-1]}
+    return {n for n, s in sections.items() if isinstance(s, dict) and s.get("epochs") == 0}
+
+
 def load(folder: Path) -> Run:
     """A run directory, as far as it is there; InputError when it is none, or a file is broken."""
     if not folder.is_dir():
@@ -237,7 +243,8 @@ def load(folder: Path) -> Run:
     def present(name: str) -> Path | None:
         if (folder / name).is_file():
             return folder / name
-        missing.append(name)
+        if not left_out.intersection(Path(name).parts):
+            missing.append(name)
         return None
 
     def read(name: str, kind: type[T]) -> T | None:
@@ -257,6 +264,7 @@ def load(folder: Path) -> Run:
         return found
 
     recipe = read_object("recipe.json")
+    left_out = _left_out(recipe or {})
     sidecars = {name: read_object(f"{name}/checkpoint.json") for name in CHECKPOINTS}
     stages = {}
     for name in STAGES:

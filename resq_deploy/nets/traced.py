@@ -1,0 +1,491 @@
+"""From a float network of the user's own to one that `quantized.quantize` can take.
+
+The network is traced (torch.fx) and brought to a standard form by Brevitas' graph passes. Then
+the markers of `blocks` are placed as our own networks have them: every convolution, linear
+layer, addition, product and concatenation reads quantized values. What has no integer form is
+named by the path of its module, before anything is trained.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from brevitas.graph.standardize import (
+    DuplicateSharedStatelessModule,
+    RemoveStochasticModules,
+    TorchFunctionalToModule,
+)
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from resq_deploy.errors import InputError
+from resq_deploy.nets.blocks import Add, Boundary, Kind
+from resq_deploy.nets.steps import (
+    INPUT,
+    MODULES,
+    OUTPUT,
+    Concat,
+    Dropout,
+    Multiply,
+    Step,
+    Value,
+    assemble,
+    options_of,
+    step,
+)  # fmt: skip
+
+AFFINE = {
+    operator.add: "add", torch.add: "add", operator.iadd: "add", "add": "add", "add_": "add",
+    operator.sub: "sub", torch.sub: "sub", operator.isub: "sub", "sub": "sub", "sub_": "sub",
+    operator.mul: "mul", torch.mul: "mul", operator.imul: "mul", "mul": "mul", "mul_": "mul",
+    operator.truediv: "div", torch.div: "div", operator.itruediv: "div", "div": "div",
+    "div_": "div",
+}  # fmt: skip
+ACTIVATIONS = {
+    torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
+    F.silu: nn.SiLU, F.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
+}  # fmt: skip
+"""Functions and methods that Brevitas' TorchFunctionalToModule does not know."""
+RESHAPES = ("view", "reshape", "flatten", "squeeze", torch.flatten, torch.reshape, torch.squeeze)
+PASSED = ("contiguous", "size", "dim", "detach", getattr, operator.getitem)
+SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
+
+
+class _Refused(Exception):
+    """Why one node cannot be quantized."""
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """What a node has become: a step, and what is known of its values."""
+
+    step: str
+    quantized: bool
+    kind: Kind
+    """Of the quantizer that belongs behind it."""
+
+
+def _reaches(error: BaseException, net: nn.Module) -> str:
+    """Path of the innermost module of `net` in the traceback of an error."""
+    names = {id(m): n for n, m in net.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        own = frame.tb_frame.f_locals.get("self")
+        found = names.get(id(own), found)
+        frame = frame.tb_next
+    return found or type(net).__name__
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _graph(net: nn.Module, shape: tuple[int, ...]) -> Any:
+    """The traced network in Brevitas' standard form, with the shape of every value."""
+    try:
+        net(torch.zeros(2, *shape))
+    except Exception as error:  # the user's code may raise anything
+        raise InputError(
+            f"module {_reaches(error, net)!r} does not take images of shape {shape}: {_line(error)}"
+        ) from None
+    try:
+        graph = fx.GraphModule(net, fx.Tracer().trace(net))
+    except Exception as error:  # the user's code may raise anything when it meets proxies
+        raise InputError(
+            f"module {_reaches(error, net)!r} cannot be traced (control flow that depends on "
+            f"values has no graph): {_line(error)}"
+        ) from None
+    for node in graph.graph.nodes:
+        if node.op in ("call_method", "call_function") and node.target in ACTIVATIONS:
+            graph.add_submodule(node.name, ACTIVATIONS[node.target]())
+            node.op, node.target = "call_module", node.name
+            node.args, node.kwargs = tuple(node.all_input_nodes), {}
+    graph = TorchFunctionalToModule().apply(graph)
+    graph = DuplicateSharedStatelessModule().apply(graph)
+    graph = RemoveStochasticModules().apply(graph)
+    ShapeProp(graph).propagate(torch.zeros(2, *shape))
+    return graph
+
+
+def _meta(node: fx.Node) -> Any:
+    """What shape propagation found: with a `shape` for one tensor."""
+    return node.meta.get("tensor_meta")
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    if not hasattr(_meta(node), "shape"):
+        raise _Refused("one tensor expected")
+    return tuple(_meta(node).shape)
+
+
+def _path(node: fx.Node) -> str:
+    """Where a node stands in the user's network, and what it is."""
+    if node.op == "call_module":
+        return repr(str(node.target))
+    inside = [str(p).partition("@")[0] for p in node.meta.get("nn_module_stack", {}) if p]
+    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+    return f"{inside[-1]!r} calls {called}" if inside else f"the network calls {called}"
+
+
+class _Writer:
+    """Goes through the graph once and writes the steps."""
+
+    def __init__(self, graph: fx.GraphModule, normalize: tuple[Tensor, Tensor] | None) -> None:
+        self.graph, self.normalize = graph, normalize
+        self.steps: list[Step] = []
+        self.weights: dict[str, Tensor] = {}
+        """Of the modules that are not the user's, by name."""
+        self.renamed: dict[str, str] = {}
+        """What modules of the user's that have our names are called instead."""
+        self.refs: dict[fx.Node, _Ref] = {}
+        self.quantizers: dict[str, _Ref] = {}
+        self.taken = {n for n, _ in graph.named_modules()} | {INPUT, OUTPUT}
+
+    # ------------------------------------------------------------------ writing
+
+    def free(self, name: str) -> str:
+        """`name`, or one like it that nothing in the network has."""
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+    def write(
+        self, name: str, module: type[nn.Module], *reads: _Ref, quantized: bool = False,
+        of: Kind = "signed", **options: Any,
+    ) -> _Ref:  # fmt: skip
+        """One more step, whose values are `of` a kind."""
+        self.steps.append(step(name, module, [r.step for r in reads], **options))
+        return _Ref(name, quantized, of)
+
+    def quantized(self, ref: _Ref) -> _Ref:
+        """The value behind its quantizer, which all its readers share."""
+        if ref.quantized:
+            return ref
+        if ref.step not in self.quantizers:
+            name = self.free(f"{ref.step}_quant")
+            self.quantizers[ref.step] = self.write(
+                name, Boundary, ref, quantized=True, of=ref.kind, kind=ref.kind, plain=False
+            )
+        return self.quantizers[ref.step]
+
+    def plain(self, ref: _Ref) -> _Ref:
+        """The quantized value for modules that know no QuantTensor."""
+        ref = self.quantized(ref)
+        return replace(self.write(self.free(f"{ref.step}_value"), Value, ref), kind=ref.kind)
+
+    def depthwise(self, name: str, ref: _Ref, scale: Tensor, shift: Tensor | None) -> _Ref:
+        """scale * x + shift per channel, as a 1x1 convolution that runs in integers."""
+        c = len(scale)
+        self.weights[f"{name}.weight"] = scale.reshape(c, 1, 1, 1)
+        if shift is not None:
+            self.weights[f"{name}.bias"] = shift.clone()
+        return self.write(
+            name, nn.Conv2d, self.quantized(ref), in_channels=c, out_channels=c, kernel_size=1,
+            groups=c, bias=shift is not None,
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ modules
+
+    def module(self, node: fx.Node) -> _Ref:
+        target = str(node.target)
+        x = self.ref(node.all_input_nodes[0])
+        return self.convert(self.name(target), self.graph.get_submodule(target), x, node)
+
+    def name(self, theirs: str) -> str:
+        """What a module, or tensor, of the user's is called: as they do, unless that is ours."""
+        top, dot, rest = theirs.partition(".")
+        if top in (INPUT, OUTPUT):
+            if top not in self.renamed:
+                self.renamed[top] = self.free(f"{top}_")
+            top = self.renamed[top]
+        return top + dot + rest
+
+    def convert(self, name: str, module: nn.Module, x: _Ref, node: fx.Node) -> _Ref:
+        kind = type(module)
+        if kind in (nn.Identity,):
+            return x
+        if kind in (nn.Dropout, nn.Dropout2d):
+            return self.write(name, Dropout, x, quantized=x.quantized, of=x.kind, p=module.p)
+        if kind in (nn.ReLU, nn.ReLU6):
+            return self.write(name, kind, x, quantized=True, of="unsigned")
+        if kind is nn.SiLU:
+            x = self.quantized(x)
+            gate = self.write(self.free(f"{name}_sigmoid"), nn.Sigmoid, self.plain(x), of="unit")
+            return self.write(name, Multiply, x, self.quantized(gate))
+        if kind in (nn.LeakyReLU, nn.Sigmoid):
+            after: Kind = "unit" if kind is nn.Sigmoid else "signed"
+            return self.write(name, kind, self.plain(x), of=after, **options_of(module))
+        if kind in (nn.Conv2d, nn.Linear):
+            return self.layer(name, module, x)
+        if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+            return self.norm(name, cast(nn.BatchNorm2d, module), x, node)
+        if kind is nn.MaxPool2d:
+            if module.return_indices:
+                raise _Refused("indices of max pooling cannot be returned")
+            x = self.quantized(x)
+            return self.write(
+                name, kind, x, quantized=True, of=x.kind, **options_of(module)
+            )  # fmt: skip
+        if kind is nn.AvgPool2d:
+            return self.average(name, x, **options_of(module))
+        if kind is nn.AdaptiveAvgPool2d:
+            return self.adaptive(name, x, node)
+        if kind is nn.Flatten:
+            return self.flatten(node, x)
+        if kind in (nn.Softmax, nn.LogSoftmax):
+            return self.softmax(node, x)
+        if isinstance(module, NORMS):
+            raise _Refused(f"{kind.__name__} divides by statistics of each image, which has no "
+                           "integer kernel; train it with batch norm")  # fmt: skip
+        known = ", ".join(n for n in MODULES if n not in ("Boundary", "Value", "Add", "Multiply"))
+        raise _Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
+
+    def layer(self, name: str, module: nn.Module, x: _Ref) -> _Ref:
+        if any(entry["name"] == name for entry in self.steps):
+            raise _Refused("a layer with weights is called twice; give every call its own layer")
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+            raise _Refused(f"padding_mode {module.padding_mode!r}; only 'zeros' is quantized")
+        return self.write(name, type(module), self.quantized(x), **options_of(module))
+
+    def norm(self, name: str, module: nn.BatchNorm2d, x: _Ref, node: fx.Node) -> _Ref:
+        if not module.track_running_stats:
+            raise _Refused("batch norm without running statistics cannot be folded")
+        last = self.steps[-1]["module"] if self.steps[-1]["name"] == x.step else ""
+        partner = "Conv2d" if isinstance(module, nn.BatchNorm2d) else "Linear"
+        if last != partner:
+            if partner == "Linear":
+                raise _Refused("BatchNorm1d does not follow a linear layer and cannot be folded")
+            # As in networks that normalise before they convolve: a layer of its own takes it up.
+            ones = torch.ones(module.num_features)
+            x = self.depthwise(self.free(f"{name}_scale"), x, ones, None)
+        return self.write(name, type(module), x, **options_of(module))
+
+    # ------------------------------------------------------------------ pooling and shapes
+
+    def average(self, name: str, x: _Ref, **options: Any) -> _Ref:
+        x = self.plain(x)
+        return self.write(name, nn.AvgPool2d, x, of=x.kind, **options)
+
+    def adaptive(self, name: str, x: _Ref, node: fx.Node) -> _Ref:
+        """Adaptive average pooling, as a pooling with a fixed window."""
+        old, new = _shape(node.all_input_nodes[0])[2:], _shape(node)[2:]
+        if old == new:
+            return x
+        if new == (1, 1):
+            x = self.quantized(x)
+            return self.write(name, nn.AdaptiveAvgPool2d, x, of=x.kind, output_size=1)
+        if old[0] % new[0] or old[1] % new[1]:
+            raise _Refused(
+                f"average of {old[0]}x{old[1]} into {new[0]}x{new[1]}: not whole windows"
+            )
+        window = (old[0] // new[0], old[1] // new[1])
+        return self.average(name, x, kernel_size=window)
+
+    def flatten(self, node: fx.Node, x: _Ref) -> _Ref:
+        """Everything that makes (N, C, H, W) to (N, C * H * W), however it was written."""
+        old, new = _shape(node.all_input_nodes[0]), _shape(node)
+        if old == new:
+            return x
+        if new[0] != old[0] or any(size != 1 for size in new[2:]):
+            raise _Refused(
+                f"shape {('N', *old[1:])} to {('N', *new[1:])}: only flattening is known"
+            )
+        x = x if self.steps[-1]["module"] == "AdaptiveAvgPool2d" else self.quantized(x)
+        name = self.free(f"{x.step}_flat")
+        return self.write(name, nn.Flatten, x, quantized=x.quantized, of=x.kind)
+
+    def softmax(self, node: fx.Node, x: _Ref) -> _Ref:
+        if [user.op for user in node.users] != ["output"]:
+            raise _Refused("softmax inside of a network")
+        return x  # the file gives logits
+
+    # ------------------------------------------------------------------ functions
+
+    def function(self, node: fx.Node) -> _Ref:
+        target: Any = node.target
+        tensors = [a for a in node.args if isinstance(a, fx.Node) and a in self.refs]
+        if target in AFFINE and len(tensors) == 2:
+            return self.binary(node, AFFINE[target], *(self.ref(t) for t in tensors))
+        if target in AFFINE:
+            return self.affine(node, AFFINE[target])
+        if target is torch.cat:
+            return self.concat(node)
+        if target in RESHAPES:
+            return self.flatten(node, self.ref(node.all_input_nodes[0]))
+        if target in ("mean", torch.mean):
+            return self.mean(node)
+        if target in SOFTMAXES:
+            return self.softmax(node, self.ref(node.all_input_nodes[0]))
+        raise _Refused("it has no quantized form")
+
+    def binary(self, node: fx.Node, kind: str, a: _Ref, b: _Ref) -> _Ref:
+        if kind not in ("add", "mul"):
+            raise _Refused("only sums and products of two tensors are quantized")
+        if kind == "add" and len({_shape(n) for n in node.all_input_nodes}) > 1:
+            raise _Refused("the two tensors of an addition have different shapes")
+        a, b = self.quantized(a), self.quantized(b)
+        signed: Kind = "signed" if "signed" in (a.kind, b.kind) else "unsigned"
+        name = self.free(node.name)
+        if kind == "mul":
+            return self.write(name, Multiply, a, b, of=signed)
+        flags = {"skip_is_quantized": True, "main_is_quantized": True}
+        return self.write(name, Add, a, b, of=signed, **flags)
+
+    def affine(self, node: fx.Node, kind: str) -> _Ref:
+        """Sums and products with constants, such as the normalization of pixels."""
+        first, second = node.args[:2]
+        flipped = not (isinstance(first, fx.Node) and first in self.refs)
+        x, constant = (second, first) if flipped else (first, second)
+        if (flipped and kind in ("sub", "div")) or not isinstance(x, fx.Node):
+            raise _Refused("a constant minus, or divided by, a tensor is not quantized")
+        c = self.constant(constant, _shape(x))
+        one, zero = torch.ones_like(c), torch.zeros_like(c)
+        scale, shift = {
+            "add": (one, c), "sub": (one, -c), "mul": (c, zero), "div": (one / c, zero),
+        }[kind]  # fmt: skip
+        ref, name = self.ref(x), self.free(node.name)
+        last = self.steps[-1]
+        if last["name"] == ref.step and f"{ref.step}.bias" in self.weights and len(x.users) == 1:
+            # (x - mean) / std is one step
+            self.steps.pop()
+            scale = scale * self.weights.pop(f"{ref.step}.weight").flatten()
+            shift = shift + (one / c if kind == "div" else c if kind == "mul" else one) * (
+                self.weights.pop(f"{ref.step}.bias")
+            )
+            ref = replace(ref, step=last["reads"][0], quantized=True)
+        return self.depthwise(name, ref, scale, shift)
+
+    def constant(self, given: Any, shape: tuple[int, ...]) -> Tensor:
+        """A number, or a tensor with one value per channel, as (C,)."""
+        if isinstance(given, fx.Node) and given.op == "get_attr":
+            at = operator.attrgetter(str(given.target))(self.graph)
+            given = at.detach()
+        try:
+            full = torch.as_tensor(given, dtype=torch.float32).expand(1, *shape[1:])
+        except (TypeError, ValueError, RuntimeError):
+            raise _Refused("only constants with one value per channel are quantized") from None
+        per_channel = full.reshape(shape[1], -1)
+        if len(shape) != 4 or not bool((per_channel == per_channel[:, :1]).all()):
+            raise _Refused("only constants with one value per channel are quantized")
+        return per_channel[:, 0].clone()
+
+    def concat(self, node: fx.Node) -> _Ref:
+        parts = cast(Iterable[fx.Node], node.kwargs.get("tensors", node.args[0]))
+        dim = int(cast(int, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)))
+        dim %= len(_shape(node))
+        if dim == 0:
+            raise _Refused("images cannot be concatenated")
+        reads = [self.quantized(self.ref(part)) for part in parts]
+        signed: Kind = "signed" if any(r.kind == "signed" for r in reads) else "unsigned"
+        return self.write(self.free(node.name), Concat, *reads, of=signed, dim=dim)
+
+    def mean(self, node: fx.Node) -> _Ref:
+        x = node.all_input_nodes[0]
+        if len(_shape(x)) != 4 or _shape(node) not in (_shape(x)[:2], (*_shape(x)[:2], 1, 1)):
+            raise _Refused("only the mean over height and width is quantized")
+        source = self.quantized(self.ref(x))
+        pooled = self.write(
+            self.free(node.name), nn.AdaptiveAvgPool2d, source, of=source.kind, output_size=1
+        )
+        if len(_shape(node)) == 4:
+            return pooled
+        return self.write(self.free(f"{node.name}_flat"), nn.Flatten, pooled, of=pooled.kind)
+
+    # ------------------------------------------------------------------ the graph
+
+    def ref(self, node: fx.Node) -> _Ref:
+        """What a node has become, for one of its readers."""
+        if node not in self.refs:
+            raise _Refused(f"it reads {node.name!r}, which is not made from the images")
+        readers = [u for u in node.users if u.op == "output" or hasattr(_meta(u), "shape")]
+        # A layer whose sums two readers quantize, each its way, would stay in float.
+        return self.refs[node] if len(readers) < 2 else self.quantized(self.refs[node])
+
+    def convert_node(self, node: fx.Node) -> _Ref | None:
+        if node.op == "placeholder":
+            if self.refs:
+                raise _Refused("a network with one input, the images, expected")
+            pixels = self.write(
+                INPUT, Boundary, quantized=True, of="unit", kind="unit", plain=False
+            )
+            if self.normalize is None:
+                return pixels
+            mean, std = self.normalize
+            return self.depthwise(self.free("normalize"), pixels, 1 / std, -mean / std)
+        if node.op == "call_module":
+            return self.module(node)
+        if node.op == "get_attr":
+            return None
+        if node.target in PASSED:
+            if not hasattr(_meta(node), "shape"):
+                return None  # sizes
+            if node.target == "contiguous":
+                return self.ref(node.all_input_nodes[0])
+        return self.function(node)
+
+    def finish(self, node: fx.Node) -> None:
+        result = node.args[0]
+        if not isinstance(result, fx.Node) or len(_shape(result)) != 2:
+            raise _Refused("one tensor of logits (N, n_classes) expected as output")
+        ref = self.ref(result)
+        self.write(OUTPUT, Boundary, ref, kind="signed", plain=True)
+
+    def run(self) -> None:
+        problems = []
+        for node in self.graph.graph.nodes:
+            try:
+                if node.op == "output":
+                    self.finish(node)
+                    continue
+                found = self.convert_node(node)
+            except _Refused as reason:
+                problems.append(f"module {_path(node)}: {reason}".replace("module the", "the"))
+                found = _Ref(node.name, True, "signed")
+            if found is not None:
+                self.refs[node] = found
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise InputError(f"the network cannot be quantized: {'; '.join(problems[:3])}{more}")
+
+
+def trace(
+    net: nn.Module,
+    shape: tuple[int, ...],
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> tuple[list[Step], fx.GraphModule]:
+    """The steps of a float network for images of shape (C, H, W), and the network itself.
+
+    The network computes what `net` does (without a softmax at the end) of pixels in [0, 1], or of
+    (pixels - mean) / std with `mean` and `std` per channel. It has the weights of `net`, under
+    the same names. Raises InputError that names each module which cannot be quantized, and why.
+    """
+    normalize = None
+    if mean is not None and std is not None:
+        if not len(mean) == len(std) == shape[0]:
+            raise InputError(
+                f"model.mean and model.std have {len(mean)} and {len(std)} values; the images have "
+                f"{shape[0]} channels"
+            )
+        normalize = (torch.tensor(mean), torch.tensor(std))
+    training = net.training
+    graph = _graph(net.eval(), shape)
+    net.train(training)
+    writer = _Writer(graph, normalize)
+    writer.run()
+    traced = assemble(writer.steps)
+    theirs = graph.state_dict()
+    state = dict(traced.state_dict())
+    own = {writer.name(theirs_name): theirs_name for theirs_name in theirs}
+    for name in state:
+        state[name] = writer.weights[name] if name in writer.weights else theirs[own[name]]
+    traced.load_state_dict(state)
+    return writer.steps, traced
