@@ -7,6 +7,7 @@ memory. A new encoding is a module here with a subclass of Encoding, and a row i
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from resq_deploy.encoding.base import Encoding
 from resq_deploy.encoding.guard import Guard
@@ -18,11 +19,11 @@ from resq_deploy.errors import InputError
 
 ENCODINGS: dict[str, Callable[[], Encoding]] = {
     "plain": Encoding,
-    **{f"guard:{policy}": lambda p=policy: Guard(policy=p) for policy in POLICIES},
-    **{f"parity:{policy}": lambda p=policy: EvenParity(policy=p) for policy in POLICIES},
+    **{f"guard:{policy}": partial(Guard, policy=policy) for policy in POLICIES},
+    **{f"parity:{policy}": partial(EvenParity, policy=policy) for policy in POLICIES},
     "secded": InPlaceSecded,
-    "secded:zero": lambda: InPlaceSecded(zero=True),
-    **{f"saf:{tau}": lambda t=tau: Saf(tau=t) for tau in TAUS},
+    "secded:zero": partial(InPlaceSecded, zero=True),
+    **{f"saf:{tau}": partial(Saf, tau=tau) for tau in TAUS},
 }
 """By the name that recipes and the command line use."""
 

@@ -49,8 +49,8 @@ class Saf(Encoding):
     def table(self) -> Codes:
         """(256,) what each byte is read as."""
         tau = TAUS[self.tau]
-        v = np.clip(ALL, -127, 127) * STEP
-        return np.rint(127 * tau(v) / tau(np.array(127 * STEP))).astype(np.int8)
+        v: Real = np.clip(ALL, -127, 127).astype(np.float64) * STEP
+        return np.rint(127 * tau(v) / tau(np.array(127 * STEP, np.float64))).astype(np.int8)
 
     @property
     def levels(self) -> NDArray[np.int64]:

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError
 from resq_deploy.inject import activations, graph, kernels, layers, memory
+from resq_deploy.inject.decoders import Reader
 from resq_deploy.inject.graph import Cut, Runner
 from resq_deploy.inject.layers import Layer
 from resq_deploy.inject.memory import Change, Flips
@@ -201,6 +203,8 @@ class Network:
         self.pools: dict[int, bool] = {}
         """Units that make one code of every channel: are the channels the last axis?"""
         self._types = {tensor.name: tensor for tensor in found.space.tensors}
+        self._readers: dict[str, Reader] = {}
+        """By stored weight, where a decoder stands behind it that onnxruntime has folded."""
         self._between = {t.name for t in found.space.tensors if t.target == ACTIVATION}
         x = runtime.adapt(x, session)
         if runtime.saturates() if precise is None else precise:
@@ -235,31 +239,54 @@ class Network:
         }
 
     def _find_in_place(self) -> set[str]:
-        """Tensors that the optimized graph holds as the file does, and its activations."""
+        """Tensors that the optimized graph holds as the file does, or as a decoder reads them, and
+        its activations."""
         stored = {proto.name: proto for proto in self._found.model.graph.initializer}
         same = self._between & self.cut.values.keys()
         for name, tensor in self._types.items():
             if name in self._between:
                 continue
-            mine, theirs = stored[name], self.cut.initializers.get(name)
+            mine, optimized = stored[name], name
+            read = self._found.decoders.read.get(name, ())
+            if len(read) == 1 and tensor.width == 8 and name not in self.cut.initializers:
+                reader = Reader(self._found.model, name, *read)
+                mine, optimized = numpy_helper.from_array(reader.golden, reader.read), reader.read
+                self._readers[name] = reader
+            theirs = self.cut.initializers.get(optimized)
             if theirs is None or tensor.target not in IN_PLACE:
                 continue
             if (mine.data_type, list(mine.dims)) != (theirs.data_type, list(theirs.dims)):
                 continue
             # int4 numbers are packed in raw_data on both sides. A tensor that several operators
             # read may live on in another form for some of them: all must still read this one.
-            users = [graph.users(model, name) for model in (self._found.model, self.cut.model)]
+            models = (self._found.model, self.cut.model)
+            users = [graph.users(model, optimized) for model in models]
             if theirs.raw_data == mine.raw_data and users[0] == users[1]:
                 same.add(name)
         return same
 
+    def _optimized(self, name: str) -> str:
+        """What the optimized graph calls a tensor of the file, once it is read."""
+        return self._readers[name].read if name in self._readers else name
+
+    def read(self, change: Change) -> Change:
+        """A change that can be made in the optimized graph as the change of its initializers."""
+        found: Change = {}
+        for name, entry in change.items():
+            if name in self._readers:
+                entry = self._readers[name].changed(*entry)
+            if len(entry[0]):
+                found[self._optimized(name)] = entry
+        return found
+
     def _reach(self) -> None:
         """Find the units that a fault can reach, and the values that must be kept for them."""
         reached: set[str] = self._between & self._in_place
+        changing = {self._optimized(name) for name in self._in_place}
         self.active: list[int] = []
         wanted: set[str] = set(reached)
         for index, unit in enumerate(self.cut.units):
-            if unit.initializers & self._in_place or reached & set(unit.inputs):
+            if unit.initializers & changing or reached & set(unit.inputs):
                 reached.update(unit.outputs)
                 wanted.update(unit.inputs, unit.outputs)
                 self.active.append(index)
@@ -550,7 +577,9 @@ class Network:
                 continue
             changed[name] = onnx.TensorProto()
             changed[name].CopyFrom(self.cut.initializers[name])
-            memory.write(changed[name], self._types[name].dtype, offsets, values)
+            # what decoders read are bytes
+            dtype = self._types[name].dtype if name in self._types else str(values.dtype)
+            memory.write(changed[name], dtype, offsets, values)
         return changed
 
     def masks(self, change: Change) -> dict[str, Array]:
@@ -589,6 +618,7 @@ class Fast:
         output, network = self._kept.output, self._network
         if not network.in_place(change) or not self._kept.values:
             return np.arange(len(output)), network.reload(self._x).run(change)
+        change = network.read(change)
         if not change:
             return np.empty(0, np.int64), output[:0]
         n_elements = sum(len(offsets) for offsets, _ in change.values())

@@ -22,7 +22,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject import activations
+from resq_deploy.inject import activations, decoders
+from resq_deploy.inject.decoders import NONE, Decoders
 from resq_deploy.records import Site
 
 Flat = NDArray[np.int64]
@@ -267,6 +268,8 @@ class Discovery:
     excluded: list[dict[str, Any]]
     """int32 initializers that are dequantized (biases): name, dtype, shape."""
     warnings: list[str]
+    decoders: Decoders = NONE
+    """Constant operators behind the stored weights."""
 
 
 @dataclass(kw_only=True)
@@ -332,6 +335,8 @@ class _Graph:
     """Who reads which value in the top-level graph."""
 
     def __init__(self, graph: onnx.GraphProto) -> None:
+        small = {t.name for t in graph.initializer if t.data_type in SMALL}
+        self.decoders = decoders.find(graph, small, PASS_THROUGH, DATA.keys() | ZERO_POINTS.keys())
         self.readers: dict[str, list[tuple[int, onnx.NodeProto, int]]] = {}
         self.dynamic_scales = set()
         for order, node in enumerate(graph.node):
@@ -346,7 +351,9 @@ class _Graph:
     def use(self, name: str, rank: int) -> _Use:
         """Follow an initializer with `rank` axes to the operators that compute with it."""
         use = _Use()
-        self._follow(name, use, _Path(), rank)
+        # decoders leave codes in their places
+        for value in (name, *self.decoders.read.get(name, ())):
+            self._follow(value, use, _Path(), rank)
         return use
 
     def _role(self, node: onnx.NodeProto, i: int) -> str | None:
@@ -365,6 +372,8 @@ class _Graph:
     def _follow(self, value: str, use: _Use, path: _Path, rank: int) -> None:
         for order, node, i in self.readers.get(value, []):
             use.read = True
+            if value in self.decoders.tables or self.decoders.values & set(node.output):
+                continue
             if node.op_type in PASS_THROUGH and i == 0:
                 self._follow(node.output[0], use, path.through(node), rank)
                 continue
@@ -501,8 +510,21 @@ def _float_weights(model: onnx.ModelProto) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _warnings(model: onnx.ModelProto, tensors: list[Tensor], unread: list[str]) -> list[str]:
+def _warnings(
+    model: onnx.ModelProto, tensors: list[Tensor], unread: list[str], decoding: Decoders
+) -> list[str]:
     found = []
+    decoded = [tensor.name for tensor in tensors if tensor.name in decoding.read]
+    if decoded:
+        found.append(
+            f"decoders stand behind {len(decoded)} weights (first: {decoded[0]}): faults strike "
+            "what is stored, the network computes with what is read of it"
+        )
+    if decoding.tables:
+        found.append(
+            f"{len(decoding.tables)} tables of decoders (first: {min(decoding.tables)}) are not in "
+            "the fault space"
+        )
     clipped = [tensor.name for tensor in tensors if tensor.absorbed]
     if clipped:
         found.append(
@@ -572,7 +594,7 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
         if role is not None and role in targets:
             found.append(_tensor(proto, use, role))
     tensors = [tensor for _, tensor in sorted(found, key=lambda pair: pair[0])]
-    warnings = _warnings(model, tensors, unread)
+    warnings = _warnings(model, tensors, unread, graph.decoders)
     if ACTIVATION in targets:
         between, more = _activations(model, {proto.name for proto in model.graph.initializer})
         tensors, warnings = tensors + between, warnings + more
@@ -584,6 +606,7 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
         space=Space(tensors=tuple(tensors)),
         excluded=excluded,
         warnings=warnings,
+        decoders=graph.decoders,
     )
 
 
