@@ -103,9 +103,40 @@ def test_a_change_of_layout_is_followed() -> None:
     assert discovery.warnings == []
 
 
+def test_a_decoder_of_constants_is_followed() -> None:
+    """The fault space has what is stored, neither the table nor the mask of its decoder."""
+    extra = {"mask": np.array(63, np.int8), "table": np.arange(256).astype(np.int8)}
+    model = onnx.load_model_from_string(_through("BitwiseAnd", extra={"mask": extra["mask"]}))
+    lookup = helper.make_node("Gather", ["table", "index"], ["between"])
+    cast = helper.make_node("Cast", ["masked"], ["index"], to=TensorProto.INT32)
+    model.graph.node[0].output[0] = "masked"
+    model.graph.node.insert(1, cast)
+    model.graph.node.insert(2, lookup)
+    model.graph.initializer.append(numpy_helper.from_array(extra["table"], "table"))
+    discovery = discover(model)
+    plain = found(models.quantized("qdq-tensor")).space.tensors
+    assert discovery.space.tensors == plain
+    assert discovery.decoders.read == {"w1_quantized": ("between",)}
+    assert discovery.decoders.tables == {"mask", "table"}
+    assert any("2 tables of decoders (first: mask)" in w for w in discovery.warnings)
+
+
 def test_an_unknown_reader_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModel, match=r"'w1_quantized' goes to input 0 of BitShift"):
-        found(_through("BitShift", attributes={"direction": "LEFT"}, extra={}))
+    model = onnx.load_model_from_string(_through("Identity"))
+    model.graph.node[0].CopyFrom(
+        helper.make_node("BitwiseXor", ["w1_quantized", "changing"], ["between"])
+    )
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["changing"], to=TensorProto.INT8))
+    with pytest.raises(UnsupportedModel, match=r"'w1_quantized' goes to input 0 of BitwiseXor"):
+        discover(model)
+
+
+def test_what_a_decoder_reads_must_go_to_a_known_operator() -> None:
+    model = onnx.load_model_from_string(_through("BitwiseNot"))
+    model.graph.node.append(helper.make_node("Mod", ["between", "changing"], ["rest"]))
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["changing"], to=TensorProto.INT8))
+    with pytest.raises(UnsupportedModel, match=r"'w1_quantized' goes to input 0 of Mod"):
+        discover(model)
 
 
 def test_a_float_model_is_refused_and_its_weights_counted() -> None:

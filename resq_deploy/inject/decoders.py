@@ -7,6 +7,7 @@ the file. Faults strike what is stored; the network computes with what the decod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,8 @@ class Decoders:
     values: Set[str]
     """Every value on the way from a stored weight to what is read of it."""
     tables: Set[str]
-    """Initializers in which codes are looked up: part of the decoder, not weights."""
+    """Initializers in which codes are looked up, or that are one operand for all codes: part of the
+    decoder, not weights."""
     read: Mapping[str, tuple[str, ...]]
     """By stored weight: the values that other operators than those of a decoder then take."""
 
@@ -44,6 +46,7 @@ def find(network: onnx.GraphProto, small: Set[str], moving: Set[str], ends: Set[
     constant = {tensor.name for tensor in network.initializer}
     weights = {name: {name} for name in small}
     """By constant value: the weights that it is made from."""
+    scalars = {t.name for t in network.initializer if t.name in small and math.prod(t.dims) == 1}
     decoded: set[str] = set()
     tables: set[str] = set()
     for node in network.node:
@@ -53,12 +56,15 @@ def find(network: onnx.GraphProto, small: Set[str], moving: Set[str], ends: Set[
             continue
         constant.update(node.output)
         lookup = node.op_type == "Gather" and bool(weights.get(inputs[1]))
-        if lookup:
-            tables.update(weights.get(inputs[0], ()))
-            inputs = inputs[1:]
+        computes = lookup or node.op_type not in moving
+        operands = {inputs[0]} if lookup else scalars.intersection(inputs)
+        codes = [name for name in inputs if name not in operands]
+        if computes and any(weights.get(name) for name in codes):
+            tables.update(*(weights.get(name, ()) for name in operands))
+            inputs = codes
         sources = {weight for name in inputs for weight in weights.get(name, ())}
         weights.update(dict.fromkeys(node.output, sources))
-        if sources and (lookup or node.op_type not in moving or decoded & set(inputs)):
+        if sources and (computes or decoded & set(inputs)):
             decoded.update(node.output)
     read: dict[str, tuple[str, ...]] = {}
     for node in network.node:
