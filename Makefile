@@ -18,11 +18,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: $(STAMP)
 	$(BIN)/resq-deploy run $(RECIPE) --out $(OUT)
 
+# One process a core, each with one thread; a file stays in one process and keeps its fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
