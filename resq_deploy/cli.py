@@ -687,6 +687,38 @@ def export(
     emit_json(manifest, json_file)
 
 
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--data", required=True, help="Training images of cifar10, ... or an .npz.")
+@click.option(
+    "--images", type=click.IntRange(1), default=512, show_default=True, metavar="N",
+    help="That many of them, drawn without replacement.",
+)  # fmt: skip
+@click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]")
+@click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="QDQ file to write.")
+@json_option
+def quantize(
+    model: Path, data: str, images: int, root: Path | None, out: Path, json_file: Path | None
+) -> None:
+    """Quantize the float ONNX file MODEL to int8 (QDQ, per channel); no PyTorch, no training."""
+    from resq_deploy import data as sets
+    from resq_deploy import static
+
+    chosen = static.choose(sets.load_split(data, root, "train"), images)
+    found = static.quantize(model, chosen, out=out)
+    click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
+    right, n = found["n_correct"], found["n_images"]
+    click.echo(
+        f"calibration images: {right['float']}/{n} correct in float, {right['int8']}/{n} in int8, "
+        f"same top-1 on {found['n_top1_equal']}/{n}"
+    )
+    if found["float_kernels"]:
+        named = ", ".join(f"{n} {op}" for op, n in found["float_kernels"].items())
+        warn([f"onnxruntime keeps layers in float: {named}"])
+    click.echo(f"{out}: {found['sha256']}")
+    emit_json(found, json_file)
+
+
 def _epsilons(ctx: click.Context, option: click.Parameter, text: str | None) -> tuple[float, ...]:
     def number(part: str) -> float:
         top, _, bottom = part.partition("/")
@@ -952,5 +984,6 @@ def recipe(template: bool, check: Path | None, json_file: Path | None) -> None:
         return
     loaded = recipes.load(check)
     recipes.load_manifest(Path(loaded.data.calibration))
-    click.echo(f"{check}: valid, {loaded.name} ({loaded.model.net} on {loaded.data.name})")
+    network = loaded.model.net or loaded.model.portable_source()
+    click.echo(f"{check}: valid, {loaded.name} ({network} on {loaded.data.name})")
     emit_json(loaded.model_dump(mode="json"), json_file)
