@@ -4,7 +4,12 @@
     resq-deploy export work/baseline/checkpoint.safetensors --out work/export
     resq-deploy inject work/export/model.qdq.onnx --data cifar10 --images 500 --exhaustive \\
         --workers 2 --out all.store
-    python benchmarks/exhaustive.py all.store --write docs
+    resq-deploy inject mlperf_tiny_resnet8_int8.onnx --data mlperf.npz --margin 0.01 \\
+        --workers 2 --out mlperf.store
+    python benchmarks/exhaustive.py all.store --other mlperf.store --write docs
+
+mlperf.npz: the first 1,000 CIFAR-10 test images as that file takes them, `x` = pixel - 128 as
+int8, N x 32 x 32 x 3, and `y`; without --other its section is left out.
 
 Writes exhaustive.md, exhaustive.json (counts per layer and bit) and exhaustive.svg. Every bit's
 outcome is known, so a statistical campaign of any seed can be looked up instead of run: the sites
@@ -24,7 +29,7 @@ import numpy as np
 from tabulate import tabulate
 
 from resq_deploy import metrics, store
-from resq_deploy.inject import faults
+from resq_deploy.inject import faults, results
 from resq_deploy.inject.space import Space
 from resq_deploy.report import figures
 
@@ -72,11 +77,41 @@ def layers(outcomes: Any, space: Space) -> tuple[Any, Any]:
     return hit, total
 
 
+def sampled(path: Path, confidence: float) -> list[str]:
+    """What a statistical campaign on a file that is not ours says."""
+    found = results([path], confidence=confidence)
+    rate, accuracy, golden = found["sdc_rate"], found["fault_accuracy"], found["golden"]
+    rows = [
+        [row["tensor"], row["n_trials"], *row["outcomes"].values(),
+         f"{100 * row['sdc_rate']['value']:.1f} % [{100 * row['sdc_rate']['low']:.1f}, "
+         f"{100 * row['sdc_rate']['high']:.1f}]"]
+        for row in found["per_layer"]
+    ]  # fmt: skip
+    return [
+        "## A file that is not ours",
+        "",
+        f"A statistical campaign on MLPerf Tiny's int8 ResNet-8 (SHA-256 "
+        f"{found['model_sha256'][:12]}), {found['n_images']} CIFAR-10 test images, seed "
+        f"{found['seed']}: {found['n_trials']} of {found['n_bits']} single-bit faults, "
+        f"{found['n_trials'] / found['seconds']:.0f} faults a second. Golden accuracy "
+        f"{golden['n_correct']} of {golden['n_total']}; SDC rate {100 * rate['value']:.2f} % "
+        f"[{100 * rate['low']:.2f}, {100 * rate['high']:.2f}] (Wilson, {100 * confidence:g} %); "
+        f"mean accuracy under a fault {100 * accuracy['mean']:.2f} % "
+        f"[{100 * accuracy['low']:.2f}, {100 * accuracy['high']:.2f}], worst "
+        f"{100 * accuracy['worst']:.1f} %.",
+        "",
+        tabulate(rows, ["weight", "faults", *found["outcomes"], "SDC"], tablefmt="github",
+                 disable_numparse=True),
+        "",
+    ]  # fmt: skip
+
+
 @click.command()
 @click.argument("campaign", type=click.Path(path_type=Path))
 @click.option("--confidence", default=0.95, show_default=True)
+@click.option("--other", type=click.Path(path_type=Path), help="Store of a sampled campaign.")
 @click.option("--write", type=click.Path(path_type=Path), help="Folder of the page.")
-def main(campaign: Path, confidence: float, write: Path | None) -> None:
+def main(campaign: Path, confidence: float, other: Path | None, write: Path | None) -> None:
     """Map and coverage of a finished exhaustive CAMPAIGN."""
     header, outcomes, seconds = known(campaign)
     space = Space.from_json(header.space)
@@ -122,6 +157,8 @@ def main(campaign: Path, confidence: float, write: Path | None) -> None:
         ),
         "",
     ]
+    if other is not None:
+        lines += sampled(other, confidence)
     text = "\n".join(lines)
     click.echo(text)
     if write is not None:
@@ -134,6 +171,9 @@ def main(campaign: Path, confidence: float, write: Path | None) -> None:
         (write / "exhaustive.json").write_text(json.dumps(counts, indent=1) + "\n")
         panel = figures.Panel(title="SDC", sdc=hit, total=total)
         svg = figures.sdc_maps([panel], names, "exhaustive")
+        # inside a page it needs no names of its own, as a file it does
+        spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        svg = svg.replace("<svg ", f"<svg {spaces} ", 1)
         (write / "exhaustive.svg").write_text(svg, encoding="utf-8")
 
 
