@@ -10,8 +10,9 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from resq_deploy import encoding
 from resq_deploy.errors import InputError
 
 Positive = Annotated[int, Field(ge=1)]
@@ -163,6 +164,11 @@ class Attack(Training):
     discriminator_lr: float = Field(1e-3, gt=0, description="learning rate of afd's discriminator")
 
 
+def _known_encoding(name: str) -> str:
+    encoding.parse(name)
+    return name
+
+
 class Fault(Training):
     """Stage 2: faults during training, with clipped weights; the loss of stage 1 stays on."""
 
@@ -192,6 +198,18 @@ class Fault(Training):
         0.1, ge=0, description="rise of the clean loss from which on wcat's ranges are not pushed"
     )
     keep_attack: bool = Field(True, description="keep the loss of stage 1")
+    encoding: Annotated[str, AfterValidator(_known_encoding)] = Field(
+        "plain", description="how the weights are stored, here and in all that follows"
+    )
+
+    @model_validator(mode="after")
+    def _encoding_needs_the_stage(self) -> Fault:
+        if self.encoding != "plain" and not self.epochs:
+            raise ValueError(
+                f"encoding {self.encoding} begins with this stage, which has no epochs; give it "
+                "some, or leave encoding out and store a checkpoint so with export --encoding"
+            )
+        return self
 
 
 class Adjust(_Section):

@@ -1,7 +1,8 @@
 """Bit errors in the integer codes of a Brevitas network, with straight-through gradients.
 
-w -> int8 code q -> q xor mask -> dequantize. The flip itself is the exclusive-or of
-`bits.py`; the gradient of the faulty weight passes to the weight as if nothing happened.
+w -> int8 code q -> encode(q) xor mask -> decode -> dequantize; encode and decode are those of the
+network's encoding. The flip itself is the exclusive-or of `bits.py`; the gradient of the faulty
+weight passes to the weight as if nothing happened.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import bits
+from resq_deploy.encoding import Encoding, InPlaceSecded
 from resq_deploy.errors import InputError
-from resq_deploy.nets.quantized import codes, weight_layers
+from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
 
 Masks = Mapping[str, Tensor]
 """Layer name -> int8 tensor of the weight's shape; bit b set means: bit b is flipped."""
@@ -81,12 +83,18 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
     scale times the change of the code. Fewer than k where fewer would raise it.
     """
     gains, chosen, starts = [], [], [0]
-    layers = weight_layers(net)
+    layers, encoding = weight_layers(net), encoding_of(net)
+    if isinstance(encoding, InPlaceSecded):
+        raise InputError(
+            f"encoding {encoding.name} corrects single flips: there is no worst one; random bit "
+            "errors (fault.method = randbet) expected"
+        )
     for name, gradient in gradients.items():
-        code = codes(layers[name]).to(torch.int16)
+        code = codes(layers[name])
         scale = cast(Any, layers[name]).quant_weight().scale.detach()
         slope = (gradient.detach() * scale).float()
-        change = torch.stack([_change(code, bit) * slope for bit in range(8)])
+        masks_of_bits = [torch.full_like(code, 1 << bit if bit < 7 else -128) for bit in range(8)]
+        change = torch.stack([_step(code, m, encoding) * slope for m in masks_of_bits])
         best, bit = change.flatten(1).max(dim=0)
         gains.append(best)
         chosen.append(bit)
@@ -103,17 +111,21 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
     return masks
 
 
-def _change(code: Tensor, bit: int) -> Tensor:
-    """By how much int8 codes (held as int16) change when a bit flips; bit 7 weighs -128."""
-    weight = 1 << bit if bit < 7 else -128
-    return torch.where((code >> bit) & 1 == 1, -weight, weight)
+def _step(code: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
+    """By how much what is read differs from int8 codes once stored bits flip, as int16."""
+    if encoding.name == "plain":
+        read = code ^ mask
+    else:
+        stored = encoding.encode(code.cpu().numpy()) ^ mask.cpu().numpy()
+        read = torch.from_numpy(encoding.decode(stored)).to(code.device)
+    return read.to(torch.int16) - code.to(torch.int16)
 
 
-def _corrupt(mask: Tensor) -> Any:
+def _corrupt(mask: Tensor, encoding: Encoding) -> Any:
     def hook(proxy: nn.Module, args: Any, out: IntQuantTensor) -> IntQuantTensor:
         scale = out.scale.detach()
         code = torch.round(out.value.detach() / scale).to(torch.int8)
-        step = (code ^ mask).to(scale.dtype) - code.to(scale.dtype)
+        step = _step(code, mask, encoding).to(scale.dtype)
         return cast(IntQuantTensor, out.set(value=out.value + step * scale))
 
     return hook
@@ -121,10 +133,11 @@ def _corrupt(mask: Tensor) -> Any:
 
 @contextmanager
 def bit_errors(net: nn.Module, masks: Masks) -> Iterator[None]:
-    """Inside the context, the named layers compute with flipped codes."""
+    """Inside the context, the named layers compute with what is read of flipped stored codes."""
     layers = weight_layers(net)
     with ExitStack() as stack:
         for name, mask in masks.items():
             proxy = cast(nn.Module, layers[name].weight_quant)
-            stack.callback(proxy.register_forward_hook(_corrupt(mask)).remove)
+            hook = _corrupt(mask, cast(Encoding, layers[name].encoding))
+            stack.callback(proxy.register_forward_hook(hook).remove)
         yield

@@ -113,7 +113,8 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits,
         return _float_net(recipe, splits)
     if start is None:
         raise InputError(f"stage {stage!r} starts from a checkpoint; give it with --from")
-    net, facts = checkpoint.load(start)
+    stored = recipe.fault.encoding if stage == "fault" else None
+    net, facts = checkpoint.load(start, encoding=stored)
     if facts["quantized"] == (stage == "baseline"):
         expected = "a float" if stage == "baseline" else "an int8"
         raise InputError(f"stage {stage!r} starts from {expected} checkpoint; {start} is another")
