@@ -189,13 +189,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def kernels(model: bytes) -> dict[str, int]:
-    """Number of nodes of each type in the graph that onnxruntime really runs, most first."""
+def optimized(model: bytes, *, precise: bool | None = None) -> onnx.ModelProto:
+    """The graph that onnxruntime really runs for a file, as a model."""
     with TemporaryDirectory() as folder:
         file = Path(folder) / "optimized.onnx"
-        build(model, optimized_to=file)
-        optimized = onnx.load(file)
-    return dict(Counter(node.op_type for node in optimized.graph.node).most_common())
+        build(model, precise=precise, optimized_to=file)
+        return onnx.load(file)
+
+
+def kernels(model: bytes) -> dict[str, int]:
+    """Number of nodes of each type in the graph that onnxruntime really runs, most first."""
+    return dict(Counter(node.op_type for node in optimized(model).graph.node).most_common())
 
 
 def constant_part(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:

@@ -133,7 +133,7 @@ def engines(name: str, targets: tuple[str, ...] = ACTIVATIONS) -> Engines:
 def test_the_space_is_what_the_kernels_hand_to_each_other() -> None:
     """QuantizeLinear, Transpose, two convolutions, ... of the graph that onnxruntime runs."""
     found = engines("qdq-channel").found.space
-    best = graph.optimized(models.quantized("qdq-channel"))
+    best = runtime.optimized(models.quantized("qdq-channel"))
     made = {name: node for node in best.graph.node for name in node.output}
     if not runtime.saturates():
         assert [(t.op_type, t.shape, t.dtype) for t in found.tensors] == [
@@ -215,7 +215,7 @@ def part(
 
 def oracle(raw: bytes, x: np.ndarray, change: Change, size: int) -> np.ndarray:
     """Prefix, numpy, suffix for every struck value in turn, `size` images at a time."""
-    best = graph.optimized(raw)
+    best = runtime.optimized(raw)
     source, output = best.graph.input[0].name, best.graph.output[0].name
     order = [source, *(name for node in best.graph.node for name in node.output)]
     outputs = []
@@ -462,7 +462,7 @@ def test_open_sizes_are_refused() -> None:
 
 
 def test_a_graph_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other = graph.optimized(models.quantized("qdq-uint8"))
+    other = runtime.optimized(models.quantized("qdq-uint8"))
     monkeypatch.setattr(graph, "optimized", lambda *args, **kwargs: other)
     with pytest.raises(UnsupportedModel, match="answers otherwise"):
         discover(onnx.load_model_from_string(models.quantized("qdq-channel")), ACTIVATIONS)

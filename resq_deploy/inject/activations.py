@@ -60,7 +60,7 @@ def find(model: bytes) -> tuple[list[Activation], list[str]]:
     batch = session.get_inputs()[0].shape[0]
     fixed = batch if isinstance(batch, int) else None
     x = _noise(session, fixed or 3)
-    best = graph.optimized(model)
+    best = runtime.optimized(model)
     again = runtime.session(best.SerializeToString(), level="off")
     if runtime.run(again, x).tobytes() != runtime.run(session, x).tobytes():
         raise UnsupportedModel(

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -121,14 +119,6 @@ def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> bytes:
     return bytes(model.SerializeToString())
 
 
-def optimized(model: bytes, *, precise: bool | None = None) -> onnx.ModelProto:
-    """The graph that onnxruntime runs for a file, as a model; InputError when it cannot tell."""
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "optimized.onnx"
-        runtime.build(model, precise=precise, optimized_to=file)
-        return onnx.load(file)
-
-
 def _all_values(model: onnx.ModelProto) -> list[str]:
     return [name for node in model.graph.node for name in node.output if name]
 
@@ -222,7 +212,7 @@ def cut(model: bytes, x: Array, *, fixed: int | None, apart: Collection[str] = f
     one. The values `apart` are made by one unit only and all others read them from there.
     InputError, saying why, for a graph that cannot be cut.
     """
-    best = optimized(model)
+    best = runtime.optimized(model)
     inner = [n.op_type for n in best.graph.node for a in n.attribute if a.HasField("g")]
     if inner:
         raise InputError(f"the graph has subgraphs ({inner[0]})")

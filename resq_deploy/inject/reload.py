@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from resq_deploy import runtime
-from resq_deploy.inject import activations, graph, memory
+from resq_deploy.inject import activations, memory
 from resq_deploy.inject.memory import Change, Flips
 from resq_deploy.inject.space import Space
 
@@ -64,6 +64,6 @@ class Reload:
                 self._tensors[name].raw_data = raw
 
     def _struck(self, model: bytes, flips: dict[str, Flips]) -> bytes:
-        best = graph.optimized(model, precise=self._precise)
+        best = runtime.optimized(model, precise=self._precise)
         masks = {name: entry.dense(self._space[name]) for name, entry in flips.items()}
         return bytes(activations.strike(best, masks).SerializeToString())
