@@ -23,7 +23,7 @@ from resq_deploy.errors import InputError, MissingExtra, ResqError
 
 INTERRUPTED = 130
 EXTRAS = dict.fromkeys(
-    ("torch", "brevitas", "safetensors", "qonnx", "onnxoptimizer", "sklearn"), "train"
+    ("torch", "brevitas", "safetensors", "qonnx", "onnxoptimizer", "sklearn", "tflite"), "train"
 ) | {"art": "attack"}
 """Optional modules and the extra that brings them."""
 
@@ -657,6 +657,7 @@ def adjust(
     "--encoding", metavar="NAME",
     help="Store the weights so, their codes rounded to its levels. [as the checkpoint was trained]",
 )  # fmt: skip
+@click.option("--tflite", is_flag=True, help="Fail where model.tflite cannot hold the network.")
 @out_folder
 @json_option
 def export(
@@ -664,18 +665,18 @@ def export(
     recipe: Path | None,
     root: Path | None,
     encoding: str | None,
+    tflite: bool,
     out: Path,
     json_file: Path | None,
 ) -> None:
-    """Write CHECKPOINT as int8 QDQ ONNX and QONNX, with every guarantee checked."""
+    """Write CHECKPOINT as int8 QDQ ONNX, QONNX and TFLite, with every guarantee checked."""
     from resq_deploy import artifacts, data
     from resq_deploy import export as stage
 
     loaded = _recipe_of(checkpoint, recipe, root)
+    config = loaded.export.model_copy(update={"tflite": "required"} if tflite else {})
     images = data.of(loaded.data).test
-    model = stage.export(
-        checkpoint, out=out, images=images, config=loaded.export, encoding=encoding
-    )
+    model = stage.export(checkpoint, out=out, images=images, config=config, encoding=encoding)
     manifest = artifacts.read_json(model.parent / stage.MANIFEST)
     table([[name, digest] for name, digest in manifest["files"].items()], ["file", "SHA-256"])
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in manifest["kernels"].items()))
@@ -684,6 +685,8 @@ def export(
          for p in manifest["parity"]],
         ["parity of", "and", "images", "within one step", "most steps", "same arg max"],
     )  # fmt: skip
+    if manifest["tflite"]["reason"]:
+        warn([f"not written: {manifest['tflite']['reason']}"])
     emit_json(manifest, json_file)
 
 

@@ -215,8 +215,14 @@ class Fault(Training):
 class Adjust(_Section):
     """Stage 3: clip and rescale the quantized weights on calibration images."""
 
+    granularity: Literal["layer", "channel"] = Field(
+        "layer", description="what gets a clip ratio of its own"
+    )
+    channel_groups: Positive = Field(
+        4, description="groups of channels per layer that are decided together: channel"
+    )
     ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
-        (0.9, 0.8, 0.7, 0.6, 0.5), description="clip ratios tried per layer"
+        (0.9, 0.8, 0.7, 0.6, 0.5), description="clip ratios tried"
     )
     rate: Probability = Field(0.01, description="bit error rate of the fault patterns")
     patterns: Positive = Field(32, description="fixed fault patterns in the objective")

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
-from resq_deploy import artifacts, evaluate, runtime
+from resq_deploy import artifacts, evaluate, memory_map, metrics, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
-from resq_deploy.export import checks, decoders
+from resq_deploy.export import bundle, checks, decoders, golden
+from resq_deploy.export.bundle import MANIFEST
+from resq_deploy.export.manifest import hardening
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
+from resq_deploy.export.tflite import Unsupported, tflite
 from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
 from resq_deploy.recipe import Export
 
-QDQ, QONNX, MANIFEST = "model.qdq.onnx", "model.qonnx.onnx", "manifest.json"
+QDQ, QONNX, TFLITE = "model.qdq.onnx", "model.qonnx.onnx", "model.tflite"
 
 
 def output_step(net: nn.Module) -> float:
@@ -30,22 +34,35 @@ def output_step(net: nn.Module) -> float:
     return float(scale)
 
 
-def _parity(
-    net: nn.Module, files: dict[str, Any], images: Dataset, config: Export
-) -> list[dict[str, Any]]:
-    n = min(config.parity_images, len(images))
-    x, outputs = images.first(n).x, {}
-    outputs["torch"] = evaluate.logits(net, x).numpy()
+def _outputs(net: nn.Module, files: dict[str, Any], x: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """Logits (N, n_classes) of all executions of the network, by name."""
+    outputs = {"torch": evaluate.logits(net, x).numpy()}
     for level in runtime.LEVELS:
         session = runtime.session(files[QDQ].SerializeToString(), level=level, threads=0)
         outputs[f"onnxruntime {level}"] = runtime.run(session, runtime.adapt(x, session))
     outputs["qonnx"] = execute(files[QONNX], as_float(x))
+    return outputs
+
+
+def _parity(net: nn.Module, outputs: dict[str, NDArray[Any]]) -> list[dict[str, Any]]:
     pairs = [("torch", f"onnxruntime {level}") for level in runtime.LEVELS]
     pairs += [("torch", "qonnx"), ("onnxruntime all", "qonnx")]
     step = output_step(net)
     return checks.require(
         [checks.parity(pair, outputs[pair[0]], outputs[pair[1]], step=step) for pair in pairs]
     )
+
+
+def _tflite(model: onnx.ModelProto, config: Export) -> tuple[dict[str, bytes], str | None]:
+    """The TFLite file by name; or nothing, and why the format cannot hold this network."""
+    try:
+        raw = tflite(model)
+    except Unsupported as error:
+        if config.tflite == "required":
+            raise
+        return {}, str(error)
+    checks.tflite_codes(raw, model)
+    return {TFLITE: raw}, None
 
 
 def _inputs(source: Path, images: Dataset, config: Export, encoding: str | None) -> dict[str, Any]:
@@ -55,6 +72,27 @@ def _inputs(source: Path, images: Dataset, config: Export, encoding: str | None)
         "export": config.model_dump(mode="json"),
         "parity_sha256": images.first(min(config.parity_images, len(images))).sha256,
     }
+
+
+def _pixels(images: Dataset) -> NDArray[np.uint8]:
+    """The images as a device gets them."""
+    x = images.x
+    return x if x.dtype == np.uint8 else np.rint(255 * x).astype(np.uint8)
+
+
+def _refuse_foreign(out: Path) -> None:
+    """InputError when `out` holds anything that no export wrote: it would be lost."""
+    if not out.exists():
+        return
+    ours = {MANIFEST, bundle.SUMS}
+    if (out / MANIFEST).is_file():
+        ours |= artifacts.read_json(out / MANIFEST).get("files", {}).keys()
+    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else ["-"]
+    if foreign:
+        raise InputError(
+            f"{out} is not a folder of exported files alone (first: {foreign[0]}); an export "
+            "replaces the whole folder: give a new one"
+        )
 
 
 def _is_current(out: Path, inputs: dict[str, Any]) -> bool:
@@ -75,17 +113,21 @@ def export(
     config: Export | None = None,
     encoding: str | None = None,
 ) -> Path:
-    """Write OUT/model.qdq.onnx, model.qonnx.onnx and manifest.json; returns the first.
+    """Write OUT/model.qdq.onnx, model.qonnx.onnx, model.tflite where that format can hold the
+    network, and manifest.json; returns the first.
 
     `encoding` stores the weights otherwise than the checkpoint was trained for: their codes are
     rounded to its levels.
     `images` (uint8) prove parity. Every guarantee is checked before anything appears in OUT:
-    ExportError (one line) leaves no partial export. An unchanged export is not repeated.
+    ExportError (one line) leaves no partial export. An unchanged export is not repeated, only its
+    manifest gets a new time, as build systems expect. InputError when OUT holds other files.
     """
     config = config or Export()
     inputs = _inputs(source, images, config, encoding)
     if _is_current(out, inputs):
+        (out / MANIFEST).touch()
         return out / QDQ
+    _refuse_foreign(out)
     net, facts = checkpoint.load(source, encoding=encoding)
     if not facts["quantized"]:
         raise InputError(f"{source} is a float checkpoint; export needs an int8 one")
@@ -98,15 +140,32 @@ def export(
     decoders.attach(files[QDQ], stored, {f"{name}.weight": w for name, w in weights.items()})
     checks.structure(files[QDQ], weights, stored)
     checks.same_kernels(files[QDQ].SerializeToString(), kernels)
-    manifest = {
+    lite, why_not = _tflite(files[QDQ], config)
+    written = {name: model.SerializeToString() for name, model in files.items()} | lite
+    mapped, image = memory_map.of(
+        files[QDQ], name=QDQ, sha256=bundle.digest(written[QDQ]), encoding=stored.name
+    )
+    profile = bundle.profile(mapped)
+    vectors = golden.make(files[QDQ], _pixels(images), profile=profile)
+    proof = images.first(min(config.parity_images, len(images)))
+    outputs = _outputs(net, files, proof.x)
+    made = {
+        "name": facts["recipe"].get("name", source.stem),
         "inputs": inputs,
         "stage": facts["stage"],
         "seed": facts["recipe"]["seed"],
         "recipe": facts["recipe"],
+        "recipe_sha256": artifacts.digest(facts["recipe"]),
+        "hardening": hardening(facts["stage"], facts["recipe"]),
+        "profile": profile,
         "opset": config.opset,
         "ir_version": config.ir_version,
         "kernels": kernels,
-        "parity": _parity(net, files, images, config),
+        "parity": _parity(net, outputs),
+        "accuracy": {
+            "n_correct": int((metrics.top1(outputs["onnxruntime all"]) == proof.y).sum()),
+            "n_total": len(proof),
+        },
         "weights": {
             "n_bytes": int(sum(w.size for w in weights.values())),
             "code_min": int(min(np.min(w) for w in weights.values())),
@@ -115,24 +174,27 @@ def export(
             "encoding": stored.name,
             "n_unprotected_bytes": sum(stored.unprotected(w.size) for w in weights.values()),
         },
-        "rounding": "half to even",
+        "tflite": {"written": bool(lite), "reason": why_not},
+        "memory": {
+            "n_bytes": mapped.bytes,
+            "n_tensors": len(mapped.tensors),
+            "alignment": mapped.alignment,
+        },
+        "golden": vectors.facts()
+        | {
+            "measured_steps": {
+                name: vectors.steps(output)
+                for name, output in _outputs(net, files, vectors.x).items()
+            }
+        },
         "versions": artifacts.versions(),
         "threads": torch.get_num_threads(),
     }
-    staged = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
-        for name, model in files.items():
-            artifacts.write(staged / name, lambda p, m=model: p.write_bytes(m.SerializeToString()))  # type: ignore[misc]
-        manifest["files"] = {name: artifacts.sha256(staged / name) for name in files}
-        artifacts.write_json(staged / MANIFEST, manifest)
-        shutil.rmtree(out, ignore_errors=True)
-        staged.rename(out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    written |= bundle.embedded(written[QDQ], QDQ, mapped, image, vectors)
+    artifacts.write_folder(out, bundle.finish(written, made))
     return out / QDQ
 
 
 make_callable(__name__, export)
 
-__all__ = ["MANIFEST", "QDQ", "QONNX", "export", "output_step"]
+__all__ = ["MANIFEST", "QDQ", "QONNX", "TFLITE", "export", "output_step"]

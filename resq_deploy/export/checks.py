@@ -13,6 +13,7 @@ from onnx import numpy_helper
 from resq_deploy import runtime
 from resq_deploy.encoding import Encoding
 from resq_deploy.errors import ExportError
+from resq_deploy.export import tflite
 
 PLAIN = Encoding()
 
@@ -129,6 +130,18 @@ def _decoders(
             raise ExportError(f"{name!r} is read by {readers[name]}, not DequantizeLinear")
         if actual.dtype != np.int8 or not np.array_equal(actual, expected):
             raise ExportError(f"the decoder of {name!r} does not read the codes of the network")
+
+
+def tflite_codes(raw: bytes, model: onnx.ModelProto) -> None:
+    """A TFLite file has the weights and biases of the QDQ file, code by code; else ExportError."""
+    stored = {t.name: t for t in model.graph.initializer}
+    found = tflite.codes(raw)
+    missing = {name for name in stored if name.endswith((".weight", ".bias"))} - found.keys()
+    wrong = [n for n, a in found.items() if not np.array_equal(a, numpy_helper.to_array(stored[n]))]
+    if missing or wrong:
+        raise ExportError(
+            f"model.tflite does not hold the codes of the network: {', '.join([*missing, *wrong])}"
+        )
 
 
 def integer_kernels(model: bytes) -> dict[str, int]:
