@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,25 @@ def write_json(path: Path, value: Any) -> Path:
     """Write readable JSON (sorted keys), complete or not at all."""
     text = json.dumps(value, indent=1, sort_keys=True, default=str) + "\n"
     return write(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_folder(out: Path, files: Mapping[str, bytes]) -> Path:
+    """Make `out` a folder of exactly these files; on any failure it stays what it was."""
+    staged, before = (
+        out.with_name(f".{out.name}.{os.getpid()}.{state}") for state in ("partial", "before")
+    )
+    try:
+        for name, content in files.items():
+            write(staged / name, partial(Path.write_bytes, data=content))
+        if out.exists():
+            out.rename(before)
+        staged.rename(out)
+    finally:
+        if before.exists() and not out.exists():
+            before.rename(out)
+        for folder in (staged, before):
+            shutil.rmtree(folder, ignore_errors=True)
+    return out
 
 
 def read_json(path: Path) -> Any:

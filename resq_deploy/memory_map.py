@@ -36,6 +36,9 @@ TYPES: dict[int, tuple[str, str]] = {
 }
 """Types of stored tensors, as numpy (or ONNX, for the packed ones) calls them, and their target."""
 
+READ = ".read"
+"""Behind a decoder, what is read of an encoded weight NAME is called NAME.read."""
+
 LAYOUTS = {"Conv": "OIHW", "Gemm": "OI", "MatMul": "IO"}
 """Axes of a weight (output, input, height, width), by the operator that computes with it."""
 
@@ -86,6 +89,8 @@ class MemoryMap:
     model: str
     """Name of the ONNX file."""
     model_sha256: str
+    encoding: str
+    """How the codes of weights are stored (resq_deploy.encoding); `plain`: as they are."""
     bytes: int
     """Length of `weights.bin`."""
     sha256: str
@@ -146,11 +151,14 @@ def _packing(dtype: str) -> str:
     return "one element per byte" if bits.width(dtype) == 8 else "little endian"
 
 
-def of(model: onnx.ModelProto, *, name: str, sha256: str) -> tuple[MemoryMap, bytes]:
+def of(
+    model: onnx.ModelProto, *, name: str, sha256: str, encoding: str = "plain"
+) -> tuple[MemoryMap, bytes]:
     """The map of a QDQ model in the file `name` of digest `sha256`, and its `weights.bin`.
 
-    Stored tensors are the integer initializers that a DequantizeLinear reads as data. ExportError
-    for a weight of an operator whose layout is not known.
+    Stored tensors are the integer initializers that a DequantizeLinear reads as data, directly or
+    behind the decoder of `encoding`. ExportError for a weight of an operator whose layout is not
+    known.
     """
     initializers = {t.name: t for t in model.graph.initializer}
     arrays: Mapping[str, NDArray[Any]] = {
@@ -159,8 +167,8 @@ def of(model: onnx.ModelProto, *, name: str, sha256: str) -> tuple[MemoryMap, by
     readers = _readers(model.graph)
     image, tensors = bytearray(), []
     for node in model.graph.node:
-        proto = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
-        if proto is None:
+        proto = initializers.get(node.input[0].removesuffix(READ))
+        if proto is None or node.op_type != "DequantizeLinear":
             continue
         dtype, target = TYPES[proto.data_type]
         content = raw_bytes(proto, dtype)
@@ -192,6 +200,7 @@ def of(model: onnx.ModelProto, *, name: str, sha256: str) -> tuple[MemoryMap, by
     whole = MemoryMap(
         model=name,
         model_sha256=sha256,
+        encoding=encoding,
         bytes=len(image),
         sha256=hashlib.sha256(image).hexdigest(),
         crc32=zlib.crc32(image),

@@ -463,7 +463,7 @@ def test_open_sizes_are_refused() -> None:
 
 def test_a_graph_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     other = runtime.optimized(models.quantized("qdq-uint8"))
-    monkeypatch.setattr(graph, "optimized", lambda *args, **kwargs: other)
+    monkeypatch.setattr(runtime, "optimized", lambda *args, **kwargs: other)
     with pytest.raises(UnsupportedModel, match="answers otherwise"):
         discover(onnx.load_model_from_string(models.quantized("qdq-channel")), ACTIVATIONS)
 
