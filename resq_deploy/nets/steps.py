@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, fx, nn
 
@@ -33,12 +34,19 @@ class Value(nn.Identity):
 
 
 class Dropout(nn.Dropout):
-    """Dropout of a tensor that may be quantized, and then stays it: its scale is needed."""
+    """Dropout of a tensor that may be quantized, and then stays it: its scale is needed.
+
+    `maps`: of whole channels.
+    """
+
+    def __init__(self, p: float, maps: bool = False) -> None:
+        super().__init__(p)
+        self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        dropped = super().forward(value(x))
+        dropped = (F.dropout2d if self.maps else F.dropout)(value(x), self.p)
         return x.set(value=dropped) if isinstance(x, QuantTensor) else dropped
 
 
@@ -79,7 +87,7 @@ MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         (nn.AvgPool2d, (*_POOL, "count_include_pad")),
         (nn.AdaptiveAvgPool2d, ("output_size",)),
         (nn.Flatten, ()),
-        (Dropout, ("p",)),
+        (Dropout, ("p", "maps")),
         (Boundary, ("kind", "plain")),
         (Add, ("skip_is_quantized", "main_is_quantized")),
         (Concat, ("dim",)),
@@ -105,12 +113,22 @@ def step(name: str, module: type[nn.Module], reads: list[str], /, **options: Any
     return {"name": name, "module": module.__name__, "options": plain, "reads": reads}
 
 
+def _place(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module under a dotted name; what is on the way there is made."""
+    *above, leaf = name.split(".")
+    for part in above:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = root.get_submodule(part)
+    root.add_module(leaf, module)
+
+
 def assemble(steps: list[Step]) -> fx.GraphModule:
     """The float network of the steps, with fresh weights; the last step is its output.
 
     Raises InputError for a list that `own.trace` cannot have written.
     """
-    graph, nodes, modules = fx.Graph(), dict[str, fx.Node](), dict[str, nn.Module]()
+    graph, nodes, root = fx.Graph(), dict[str, fx.Node](), nn.Module()
     images = graph.placeholder("images")
     try:
         for entry in steps:
@@ -118,10 +136,10 @@ def assemble(steps: list[Step]) -> fx.GraphModule:
             given = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["options"].items()}
             if not given.keys() <= set(allowed):
                 raise KeyError(entry["name"])
-            modules[entry["name"]] = kind(**given)
+            _place(root, entry["name"], kind(**given))
             reads = tuple(nodes[name] for name in entry["reads"]) or (images,)
             nodes[entry["name"]] = graph.call_module(entry["name"], reads)
         graph.output(nodes[OUTPUT])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"the steps of a traced network are broken: {error}") from None
-    return fx.GraphModule(modules, graph, "Traced")
+    return fx.GraphModule(root, graph, "Traced")

@@ -15,16 +15,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from brevitas.graph.standardize import (
-    DuplicateSharedStatelessModule,
-    RemoveStochasticModules,
-    TorchFunctionalToModule,
-)
 from torch import Tensor, fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from resq_deploy.errors import InputError
 from resq_deploy.nets.blocks import Add, Boundary, Kind
+from resq_deploy.nets.standard import Refused, is_tensor, path_of, shape_of, standard_form
 from resq_deploy.nets.steps import (
     INPUT,
     MODULES,
@@ -37,7 +32,7 @@ from resq_deploy.nets.steps import (
     assemble,
     options_of,
     step,
-)  # fmt: skip
+)
 
 AFFINE = {
     operator.add: "add", torch.add: "add", operator.iadd: "add", "add": "add", "add_": "add",
@@ -46,19 +41,10 @@ AFFINE = {
     operator.truediv: "div", torch.div: "div", operator.itruediv: "div", "div": "div",
     "div_": "div",
 }  # fmt: skip
-ACTIVATIONS = {
-    torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
-    F.silu: nn.SiLU, F.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
-}  # fmt: skip
-"""Functions and methods that Brevitas' TorchFunctionalToModule does not know."""
 RESHAPES = ("view", "reshape", "flatten", "squeeze", torch.flatten, torch.reshape, torch.squeeze)
-PASSED = ("contiguous", "size", "dim", "detach", getattr, operator.getitem)
+PASSED = ("contiguous", "clone", "float")
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
-
-
-class _Refused(Exception):
-    """Why one node cannot be quantized."""
 
 
 @dataclass(frozen=True)
@@ -71,74 +57,12 @@ class _Ref:
     """Of the quantizer that belongs behind it."""
 
 
-def _reaches(error: BaseException, net: nn.Module) -> str:
-    """Path of the innermost module of `net` in the traceback of an error."""
-    names = {id(m): n for n, m in net.named_modules()}
-    found, frame = "", error.__traceback__
-    while frame is not None:
-        own = frame.tb_frame.f_locals.get("self")
-        found = names.get(id(own), found)
-        frame = frame.tb_next
-    return found or type(net).__name__
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
-def _graph(net: nn.Module, shape: tuple[int, ...]) -> Any:
-    """The traced network in Brevitas' standard form, with the shape of every value."""
-    try:
-        net(torch.zeros(2, *shape))
-    except Exception as error:  # the user's code may raise anything
-        raise InputError(
-            f"module {_reaches(error, net)!r} does not take images of shape {shape}: {_line(error)}"
-        ) from None
-    try:
-        graph = fx.GraphModule(net, fx.Tracer().trace(net))
-    except Exception as error:  # the user's code may raise anything when it meets proxies
-        raise InputError(
-            f"module {_reaches(error, net)!r} cannot be traced (control flow that depends on "
-            f"values has no graph): {_line(error)}"
-        ) from None
-    for node in graph.graph.nodes:
-        if node.op in ("call_method", "call_function") and node.target in ACTIVATIONS:
-            graph.add_submodule(node.name, ACTIVATIONS[node.target]())
-            node.op, node.target = "call_module", node.name
-            node.args, node.kwargs = tuple(node.all_input_nodes), {}
-    graph = TorchFunctionalToModule().apply(graph)
-    graph = DuplicateSharedStatelessModule().apply(graph)
-    graph = RemoveStochasticModules().apply(graph)
-    ShapeProp(graph).propagate(torch.zeros(2, *shape))
-    return graph
-
-
-def _meta(node: fx.Node) -> Any:
-    """What shape propagation found: with a `shape` for one tensor."""
-    return node.meta.get("tensor_meta")
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    if not hasattr(_meta(node), "shape"):
-        raise _Refused("one tensor expected")
-    return tuple(_meta(node).shape)
-
-
-def _path(node: fx.Node) -> str:
-    """Where a node stands in the user's network, and what it is."""
-    if node.op == "call_module":
-        return repr(str(node.target))
-    inside = [str(p).partition("@")[0] for p in node.meta.get("nn_module_stack", {}) if p]
-    called = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
-    return f"{inside[-1]!r} calls {called}" if inside else f"the network calls {called}"
-
-
 class _Writer:
     """Goes through the graph once and writes the steps."""
 
     def __init__(self, graph: fx.GraphModule, normalize: tuple[Tensor, Tensor] | None) -> None:
         self.graph, self.normalize = graph, normalize
-        self.steps: list[Step] = []
+        self.steps: dict[str, Step] = {}
         self.weights: dict[str, Tensor] = {}
         """Of the modules that are not the user's, by name."""
         self.renamed: dict[str, str] = {}
@@ -161,7 +85,7 @@ class _Writer:
         of: Kind = "signed", **options: Any,
     ) -> _Ref:  # fmt: skip
         """One more step, whose values are `of` a kind."""
-        self.steps.append(step(name, module, [r.step for r in reads], **options))
+        self.steps[name] = step(name, module, [r.step for r in reads], **options)
         return _Ref(name, quantized, of)
 
     def quantized(self, ref: _Ref) -> _Ref:
@@ -212,7 +136,10 @@ class _Writer:
         if kind in (nn.Identity,):
             return x
         if kind in (nn.Dropout, nn.Dropout2d):
-            return self.write(name, Dropout, x, quantized=x.quantized, of=x.kind, p=module.p)
+            maps = kind is nn.Dropout2d
+            return self.write(
+                name, Dropout, x, quantized=x.quantized, of=x.kind, p=module.p, maps=maps
+            )
         if kind in (nn.ReLU, nn.ReLU6):
             return self.write(name, kind, x, quantized=True, of="unsigned")
         if kind is nn.SiLU:
@@ -228,12 +155,14 @@ class _Writer:
             return self.norm(name, cast(nn.BatchNorm2d, module), x, node)
         if kind is nn.MaxPool2d:
             if module.return_indices:
-                raise _Refused("indices of max pooling cannot be returned")
+                raise Refused("indices of max pooling cannot be returned")
             x = self.quantized(x)
             return self.write(
                 name, kind, x, quantized=True, of=x.kind, **options_of(module)
             )  # fmt: skip
         if kind is nn.AvgPool2d:
+            if module.divisor_override is not None:
+                raise Refused("average pooling with another divisor than its window")
             return self.average(name, x, **options_of(module))
         if kind is nn.AdaptiveAvgPool2d:
             return self.adaptive(name, x, node)
@@ -242,26 +171,31 @@ class _Writer:
         if kind in (nn.Softmax, nn.LogSoftmax):
             return self.softmax(node, x)
         if isinstance(module, NORMS):
-            raise _Refused(f"{kind.__name__} divides by statistics of each image, which has no "
+            raise Refused(f"{kind.__name__} divides by statistics of each image, which has no "
                            "integer kernel; train it with batch norm")  # fmt: skip
         known = ", ".join(n for n in MODULES if n not in ("Boundary", "Value", "Add", "Multiply"))
-        raise _Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
+        raise Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
 
     def layer(self, name: str, module: nn.Module, x: _Ref) -> _Ref:
-        if any(entry["name"] == name for entry in self.steps):
-            raise _Refused("a layer with weights is called twice; give every call its own layer")
+        if name in self.steps:
+            raise Refused("a layer with weights is called twice; give every call its own layer")
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            raise _Refused(f"padding_mode {module.padding_mode!r}; only 'zeros' is quantized")
-        return self.write(name, type(module), self.quantized(x), **options_of(module))
+            raise Refused(f"padding_mode {module.padding_mode!r}; only 'zeros' is quantized")
+        options = options_of(module)
+        if isinstance(module, nn.Conv2d) and isinstance(module.padding, str):
+            left_right_top_bottom = module._reversed_padding_repeated_twice
+            if left_right_top_bottom[::2] != left_right_top_bottom[1::2]:
+                raise Refused("padding that differs on two sides, by an even kernel")
+            options["padding"] = left_right_top_bottom[::-2]
+        return self.write(name, type(module), self.quantized(x), **options)
 
     def norm(self, name: str, module: nn.BatchNorm2d, x: _Ref, node: fx.Node) -> _Ref:
         if not module.track_running_stats:
-            raise _Refused("batch norm without running statistics cannot be folded")
-        last = self.steps[-1]["module"] if self.steps[-1]["name"] == x.step else ""
+            raise Refused("batch norm without running statistics cannot be folded")
         partner = "Conv2d" if isinstance(module, nn.BatchNorm2d) else "Linear"
-        if last != partner:
+        if self.steps[x.step]["module"] != partner:
             if partner == "Linear":
-                raise _Refused("BatchNorm1d does not follow a linear layer and cannot be folded")
+                raise Refused("BatchNorm1d does not follow a linear layer and cannot be folded")
             # As in networks that normalise before they convolve: a layer of its own takes it up.
             ones = torch.ones(module.num_features)
             x = self.depthwise(self.free(f"{name}_scale"), x, ones, None)
@@ -275,35 +209,31 @@ class _Writer:
 
     def adaptive(self, name: str, x: _Ref, node: fx.Node) -> _Ref:
         """Adaptive average pooling, as a pooling with a fixed window."""
-        old, new = _shape(node.all_input_nodes[0])[2:], _shape(node)[2:]
+        old, new = shape_of(node.all_input_nodes[0])[2:], shape_of(node)[2:]
         if old == new:
             return x
         if new == (1, 1):
             x = self.quantized(x)
             return self.write(name, nn.AdaptiveAvgPool2d, x, of=x.kind, output_size=1)
         if old[0] % new[0] or old[1] % new[1]:
-            raise _Refused(
-                f"average of {old[0]}x{old[1]} into {new[0]}x{new[1]}: not whole windows"
-            )
+            raise Refused(f"average of {old[0]}x{old[1]} into {new[0]}x{new[1]}: not whole windows")
         window = (old[0] // new[0], old[1] // new[1])
         return self.average(name, x, kernel_size=window)
 
     def flatten(self, node: fx.Node, x: _Ref) -> _Ref:
         """Everything that makes (N, C, H, W) to (N, C * H * W), however it was written."""
-        old, new = _shape(node.all_input_nodes[0]), _shape(node)
+        old, new = shape_of(node.all_input_nodes[0]), shape_of(node)
         if old == new:
             return x
         if new[0] != old[0] or any(size != 1 for size in new[2:]):
-            raise _Refused(
-                f"shape {('N', *old[1:])} to {('N', *new[1:])}: only flattening is known"
-            )
-        x = x if self.steps[-1]["module"] == "AdaptiveAvgPool2d" else self.quantized(x)
+            raise Refused(f"shape {('N', *old[1:])} to {('N', *new[1:])}: only flattening is known")
+        x = x if self.steps[x.step]["module"] == "AdaptiveAvgPool2d" else self.quantized(x)
         name = self.free(f"{x.step}_flat")
         return self.write(name, nn.Flatten, x, quantized=x.quantized, of=x.kind)
 
     def softmax(self, node: fx.Node, x: _Ref) -> _Ref:
         if [user.op for user in node.users] != ["output"]:
-            raise _Refused("softmax inside of a network")
+            raise Refused("softmax inside of a network")
         return x  # the file gives logits
 
     # ------------------------------------------------------------------ functions
@@ -323,13 +253,13 @@ class _Writer:
             return self.mean(node)
         if target in SOFTMAXES:
             return self.softmax(node, self.ref(node.all_input_nodes[0]))
-        raise _Refused("it has no quantized form")
+        raise Refused("it has no quantized form")
 
     def binary(self, node: fx.Node, kind: str, a: _Ref, b: _Ref) -> _Ref:
         if kind not in ("add", "mul"):
-            raise _Refused("only sums and products of two tensors are quantized")
-        if kind == "add" and len({_shape(n) for n in node.all_input_nodes}) > 1:
-            raise _Refused("the two tensors of an addition have different shapes")
+            raise Refused("only sums and products of two tensors are quantized")
+        if kind == "add" and len({shape_of(n) for n in node.all_input_nodes}) > 1:
+            raise Refused("the two tensors of an addition have different shapes")
         a, b = self.quantized(a), self.quantized(b)
         signed: Kind = "signed" if "signed" in (a.kind, b.kind) else "unsigned"
         name = self.free(node.name)
@@ -344,17 +274,16 @@ class _Writer:
         flipped = not (isinstance(first, fx.Node) and first in self.refs)
         x, constant = (second, first) if flipped else (first, second)
         if (flipped and kind in ("sub", "div")) or not isinstance(x, fx.Node):
-            raise _Refused("a constant minus, or divided by, a tensor is not quantized")
-        c = self.constant(constant, _shape(x))
+            raise Refused("a constant minus, or divided by, a tensor is not quantized")
+        c = self.constant(constant, shape_of(x))
         one, zero = torch.ones_like(c), torch.zeros_like(c)
         scale, shift = {
             "add": (one, c), "sub": (one, -c), "mul": (c, zero), "div": (one / c, zero),
         }[kind]  # fmt: skip
         ref, name = self.ref(x), self.free(node.name)
-        last = self.steps[-1]
-        if last["name"] == ref.step and f"{ref.step}.bias" in self.weights and len(x.users) == 1:
+        if f"{ref.step}.bias" in self.weights:
             # (x - mean) / std is one step
-            self.steps.pop()
+            last = self.steps.pop(ref.step)
             scale = scale * self.weights.pop(f"{ref.step}.weight").flatten()
             shift = shift + (one / c if kind == "div" else c if kind == "mul" else one) * (
                 self.weights.pop(f"{ref.step}.bias")
@@ -370,31 +299,34 @@ class _Writer:
         try:
             full = torch.as_tensor(given, dtype=torch.float32).expand(1, *shape[1:])
         except (TypeError, ValueError, RuntimeError):
-            raise _Refused("only constants with one value per channel are quantized") from None
+            raise Refused("only constants with one value per channel are quantized") from None
         per_channel = full.reshape(shape[1], -1)
         if len(shape) != 4 or not bool((per_channel == per_channel[:, :1]).all()):
-            raise _Refused("only constants with one value per channel are quantized")
+            raise Refused("only constants with one value per channel are quantized")
         return per_channel[:, 0].clone()
 
     def concat(self, node: fx.Node) -> _Ref:
         parts = cast(Iterable[fx.Node], node.kwargs.get("tensors", node.args[0]))
         dim = int(cast(int, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)))
-        dim %= len(_shape(node))
+        dim %= len(shape_of(node))
         if dim == 0:
-            raise _Refused("images cannot be concatenated")
+            raise Refused("images cannot be concatenated")
         reads = [self.quantized(self.ref(part)) for part in parts]
         signed: Kind = "signed" if any(r.kind == "signed" for r in reads) else "unsigned"
         return self.write(self.free(node.name), Concat, *reads, of=signed, dim=dim)
 
     def mean(self, node: fx.Node) -> _Ref:
         x = node.all_input_nodes[0]
-        if len(_shape(x)) != 4 or _shape(node) not in (_shape(x)[:2], (*_shape(x)[:2], 1, 1)):
-            raise _Refused("only the mean over height and width is quantized")
+        if len(shape_of(x)) != 4 or shape_of(node) not in (
+            shape_of(x)[:2],
+            (*shape_of(x)[:2], 1, 1),
+        ):
+            raise Refused("only the mean over height and width is quantized")
         source = self.quantized(self.ref(x))
         pooled = self.write(
             self.free(node.name), nn.AdaptiveAvgPool2d, source, of=source.kind, output_size=1
         )
-        if len(_shape(node)) == 4:
+        if len(shape_of(node)) == 4:
             return pooled
         return self.write(self.free(f"{node.name}_flat"), nn.Flatten, pooled, of=pooled.kind)
 
@@ -403,15 +335,15 @@ class _Writer:
     def ref(self, node: fx.Node) -> _Ref:
         """What a node has become, for one of its readers."""
         if node not in self.refs:
-            raise _Refused(f"it reads {node.name!r}, which is not made from the images")
-        readers = [u for u in node.users if u.op == "output" or hasattr(_meta(u), "shape")]
+            raise Refused(f"it reads {node.name!r}, which is not made from the images")
+        readers = [u for u in node.users if u.op == "output" or is_tensor(u)]
         # A layer whose sums two readers quantize, each its way, would stay in float.
         return self.refs[node] if len(readers) < 2 else self.quantized(self.refs[node])
 
     def convert_node(self, node: fx.Node) -> _Ref | None:
         if node.op == "placeholder":
             if self.refs:
-                raise _Refused("a network with one input, the images, expected")
+                raise Refused("a network with one input, the images, expected")
             pixels = self.write(
                 INPUT, Boundary, quantized=True, of="unit", kind="unit", plain=False
             )
@@ -423,17 +355,16 @@ class _Writer:
             return self.module(node)
         if node.op == "get_attr":
             return None
+        if node.meta.get("tensor_meta") is None:
+            return None  # sizes, which reshapes read
         if node.target in PASSED:
-            if not hasattr(_meta(node), "shape"):
-                return None  # sizes
-            if node.target == "contiguous":
-                return self.ref(node.all_input_nodes[0])
+            return self.ref(node.all_input_nodes[0])
         return self.function(node)
 
     def finish(self, node: fx.Node) -> None:
         result = node.args[0]
-        if not isinstance(result, fx.Node) or len(_shape(result)) != 2:
-            raise _Refused("one tensor of logits (N, n_classes) expected as output")
+        if not isinstance(result, fx.Node) or len(shape_of(result)) != 2:
+            raise Refused("one tensor of logits (N, n_classes) expected as output")
         ref = self.ref(result)
         self.write(OUTPUT, Boundary, ref, kind="signed", plain=True)
 
@@ -445,9 +376,9 @@ class _Writer:
                     self.finish(node)
                     continue
                 found = self.convert_node(node)
-            except _Refused as reason:
-                problems.append(f"module {_path(node)}: {reason}".replace("module the", "the"))
-                found = _Ref(node.name, True, "signed")
+            except Refused as reason:
+                problems.append(f"{path_of(node)}: {reason}")
+                found = self.write(self.free(node.name), Value, quantized=True)  # to go on
             if found is not None:
                 self.refs[node] = found
         if problems:
@@ -477,15 +408,16 @@ def trace(
             )
         normalize = (torch.tensor(mean), torch.tensor(std))
     training = net.training
-    graph = _graph(net.eval(), shape)
+    graph = standard_form(net.eval(), shape)
     net.train(training)
     writer = _Writer(graph, normalize)
     writer.run()
-    traced = assemble(writer.steps)
+    steps = list(writer.steps.values())
+    traced = assemble(steps)
     theirs = graph.state_dict()
     state = dict(traced.state_dict())
     own = {writer.name(theirs_name): theirs_name for theirs_name in theirs}
     for name in state:
         state[name] = writer.weights[name] if name in writer.weights else theirs[own[name]]
     traced.load_state_dict(state)
-    return writer.steps, traced
+    return steps, traced

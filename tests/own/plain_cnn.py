@@ -20,3 +20,7 @@ def make_net(n_classes=10, width=8):
         nn.Linear(32, n_classes),
         nn.LogSoftmax(dim=1),
     )
+
+
+def few():
+    return make_net(n_classes=3)

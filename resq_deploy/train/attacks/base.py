@@ -31,8 +31,8 @@ class Attack(CrossEntropy):
 
 @contextmanager
 def features(net: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects h(x), the input of the last linear layer, of every forward pass inside."""
-    last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
+    """Collects h(x), the input of the last layer with weights, of every forward pass inside."""
+    last = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
     seen: list[Tensor] = []
     handle = last.register_forward_pre_hook(lambda module, args: seen.append(value(args[0])))
     try:
