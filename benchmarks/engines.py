@@ -40,7 +40,7 @@ from tabulate import tabulate
 from resq_deploy import data, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.export.qdq import qdq
-from resq_deploy.inject import faults, kernels, space
+from resq_deploy.inject import faults, inject, kernels, space
 from resq_deploy.inject.fast import Fast, Network
 from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.reload import Reload
@@ -371,6 +371,25 @@ def peak_memory(sub: Subject, root: Path | None, budget: str) -> list[list[Any]]
     return rows
 
 
+def workers(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
+    """Faults per second (wall clock) of campaigns with one worker process and with two."""
+    rows: list[list[Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.onnx"
+        model.write_bytes(sub.model)
+        rates: dict[int, list[float]] = {1: [], 2: []}
+        for turn in range(3):
+            for n in rates:
+                out = Path(folder) / f"{turn}-{n}.store"
+                found = inject(model, images, out=out, trials=trials, workers=n)
+                rates[n].append(found["n_trials"] / found["seconds"])
+        one = np.median(rates[1])
+        for n, found_rates in rates.items():
+            rate = np.median(found_rates)
+            rows.append([sub.name, len(images), trials, n, f"{rate:.1f}", f"{rate / one:.2f}"])
+    return rows
+
+
 def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
     """All tables as Markdown."""
     cpu, versions = runtime.cpu_features(), runtime.versions()
@@ -421,6 +440,9 @@ def main(
         "Against fault simulation in PyTorch": (
             ("network", "with", "faults", "ms / fault", "times fast"), [],
         ),
+        "By workers": (
+            ("network", "images", "faults", "workers", "faults / s, median of 3", "times one"), [],
+        ),
         "Peak memory": (("network", "images", "--memory", "peak, MiB"), []),
     }  # fmt: skip
     add = {title: rows.extend for title, (_, rows) in tables.items()}
@@ -438,6 +460,7 @@ def main(
         if name in ("resnet8", "resnet18"):
             add["By images and faults"](growth(sub, test, max(20, trials // 4)))
         if name == "resnet8":
+            add["By workers"](workers(sub, test.first(500), 10 * trials))
             add["Peak memory"](peak_memory(sub, root, budget))
         del bench
         text = page({k: v for k, v in tables.items() if v[1]})
