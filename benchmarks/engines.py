@@ -6,11 +6,11 @@
 
 Prints tables; with --write they go into a page. Both engines see the same faults and images,
 single flips drawn as `inject --trials` draws them, in one process with one thread, taking turns.
-Times are processor time of that thread: where the machine does other things too, waiting for it does
-not count, a shared cache does. Networks with models/cifar10-NET.float.safetensors
-have those weights, the others fresh ones with batch statistics of CIFAR-10 ("fresh"); all are
-quantized by calibration alone. PyTorchFI is compared with where it is installed
-(`pip install --no-deps pytorchfi==0.6.0`).
+Times are processor time of that thread (where the machine does other things too, waiting for it
+does not count, a shared cache does), those of campaigns by workers are wall clock. Networks with
+models/cifar10-NET.float.safetensors have those weights, the others fresh ones with batch
+statistics of CIFAR-10 ("fresh"); all are quantized by calibration alone. PyTorchFI is compared
+with where it is installed (`pip install --no-deps pytorchfi==0.6.0`).
 """
 
 from __future__ import annotations
