@@ -17,6 +17,7 @@ from resq_deploy.adjust import (
     clip,
     confirm,
     correct_biases,
+    groups,
     search,
 )
 from resq_deploy.errors import InputError
@@ -84,6 +85,43 @@ def test_a_layer_is_left_alone_when_nothing_improves(fault: Path) -> None:
         unchanged = torch.equal(codes(weight_layers(net)[d["layer"]]), before[d["layer"]])
         assert unchanged == (d["ratio"] == 1.0)
     assert any(d["ratio"] == 1.0 for d in decisions)
+
+
+@pytest.mark.parametrize("n", [1, 3, 100])
+def test_groups_of_channels_cover_every_channel_once_most_peaked_first(n: int) -> None:
+    w = torch.randn(8, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    w[5, 0, 0, 0] = 50.0
+    w[2] = 0.0
+    found = groups(w, config(granularity="channel", channel_groups=n))
+    assert sorted(torch.cat(found).tolist()) == list(range(8))
+    assert len(found) == min(n, 8) and 5 in found[0] and 2 in found[-1]
+    assert [g.tolist() for g in groups(w, config(channel_groups=n))] == [list(range(8))]
+
+
+def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves(
+    fault: Path,
+) -> None:
+    net, _ = checkpoint.load(fault)
+    before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
+    weights = {n: layer.weight.detach().clone() for n, layer in weight_layers(net).items()}  # type: ignore[union-attr, operator]
+    options = {"granularity": "channel", "channel_groups": 2, "ratios": (0.6,), "rate": 0.02}
+    bench = _Bench(net, images(), config(**options), seed=0, name="search")
+    order = ["fc", "layer3.0.conv1", "conv1"]
+    decisions = search(net, bench, order)
+    assert [d["layer"] for d in decisions] == [name for name in order for _ in range(2)]
+    assert {d["ratio"] for d in decisions} == {0.6, 1.0}  # one of each at least
+    for d in decisions:
+        here, layer = d["channels"], weight_layers(net)[d["layer"]]
+        expected = clip(weights[d["layer"]][here], d["ratio"])
+        assert torch.equal(layer.weight.detach()[here], expected)  # type: ignore[union-attr, operator, index]
+        if d["ratio"] == 1:
+            assert torch.equal(codes(layer)[here], before[d["layer"]][here])
+            assert d["objective_after"] == d["objective_before"]
+        else:
+            assert d["objective_after"] < d["objective_before"]
+            assert d["scale_after"] == pytest.approx(0.6 * d["scale_before"], rel=1e-4)
+    for name in set(before) - set(order):
+        assert torch.equal(codes(weight_layers(net)[name]), before[name])
 
 
 def test_bias_correction_restores_the_mean_outputs(fault: Path) -> None:

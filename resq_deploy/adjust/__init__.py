@@ -1,4 +1,4 @@
-"""Stage 3: clip and rescale the quantized weights after training, layer by layer.
+"""Stage 3: clip and rescale the quantized weights after training, by layer or by channels.
 
 The scale of a channel is max|w| / 127, so clipping its weights to c max|w| is the same as
 choosing the new scale c max|w| / 127: a flipped bit then moves the weight by less.
@@ -107,9 +107,26 @@ def _allowed(new: Terms, start: Terms, margin: float) -> bool:
     )
 
 
-def _scale(layer: nn.Module) -> float:
-    """Mean over channels of the weight scale (real value of one code step)."""
-    return float(cast(Tensor, layer.quant_weight().scale).mean())  # type: ignore[operator]
+def _scale(layer: nn.Module, channels: Tensor) -> float:
+    """Mean over these channels of the weight scale (real value of one code step)."""
+    scale = cast(Tensor, layer.quant_weight().scale).flatten()  # type: ignore[operator]
+    return float(scale[channels].mean())
+
+
+def groups(w: Tensor, config: recipe.Adjust) -> list[Tensor]:
+    """Numbers of the output channels (axis 0) that are decided together, most promising first.
+
+    All of them with granularity `layer`; with `channel`, `channel_groups` groups of like size
+    by max|w| / rms(w): what a flip moves grows with the first, what the channel says with the
+    second, so clipping gains most where the ratio is high. Groups bound the cost, which is that
+    of a layer for each.
+    """
+    if config.granularity == "layer":
+        return [torch.arange(len(w))]
+    rows = w.flatten(1)
+    peaked = rows.abs().amax(dim=1) / rows.square().mean(dim=1).sqrt().clamp_min(1e-12)
+    order = peaked.argsort(descending=True, stable=True)
+    return [group.sort().values for group in order.chunk(min(config.channel_groups, len(w)))]
 
 
 def _histogram(layer: nn.Module) -> list[int]:
@@ -120,37 +137,36 @@ def _histogram(layer: nn.Module) -> list[int]:
 
 @torch.no_grad()
 def search(net: nn.Module, bench: _Bench, order: list[str]) -> list[dict[str, Any]]:
-    """Choose a clip ratio per layer, in place; one decision per layer in the given order.
+    """Choose clip ratios, in place; one decision per layer, or per group of its channels, in
+    the given order of layers.
 
-    Ratios are tried from mild to strong until one does not improve the objective; a layer
-    keeps ratio 1 when none improves it within the allowed loss of accuracy.
+    Ratios are tried from mild to strong until one does not improve the objective; what is
+    decided keeps ratio 1 when none improves it within the allowed loss of accuracy.
     """
     config, layers = bench.config, weight_layers(net)
     start = current = bench.terms(net)
+    parts = [(name, part) for name in order for part in groups(layers[name].weight, config)]  # type: ignore[arg-type]
     decisions = []
-    with progress.bar(len(order), "adjust layers") as bar:
-        for name in order:
+    with progress.bar(len(parts), f"adjust by {config.granularity}") as bar:
+        for name, channels in parts:
             layer, before = layers[name], current
             weight = cast(Tensor, layer.weight)
-            original, scale_before, chosen, kept = (
-                weight.clone(),
-                _scale(layer),
-                1.0,
-                weight.clone(),
-            )
+            original = kept = weight[channels]
+            scale_before, chosen = _scale(layer, channels), 1.0
             for ratio in sorted(config.ratios, reverse=True):
-                weight.copy_(clip(original, ratio))
+                weight[channels] = clip(original, ratio)
                 new = bench.terms(net)
                 if new.objective >= current.objective or not _allowed(new, start, config.margin):
                     break
-                current, chosen, kept = new, ratio, weight.clone()
-            weight.copy_(kept)
+                current, chosen, kept = new, ratio, weight[channels]
+            weight[channels] = kept
             decisions.append(
                 {
                     "layer": name,
+                    **({"channels": channels.tolist()} if config.granularity == "channel" else {}),
                     "ratio": chosen,
                     "scale_before": scale_before,
-                    "scale_after": _scale(layer),
+                    "scale_after": _scale(layer, channels),
                     "objective_before": before.objective,
                     "objective_after": current.objective,
                     **{k: v for k, v in asdict(current).items() if k != "objective"},
@@ -207,9 +223,9 @@ def adjust(
     """Run stage 3 on an int8 checkpoint; returns OUT/checkpoint.safetensors.
 
     `images` is the calibration set (uint8); every other image decides, the rest confirms. The
-    sidecar records the decision per layer, the bias correction, code histograms before and
-    after, and the confirmation on images and fault patterns that the search did not see: unless
-    the objective is better there beyond doubt, everything is reverted.
+    sidecar records the decision per layer or group of channels, the bias correction, code
+    histograms before and after, and the confirmation on images and fault patterns that the search
+    did not see: unless the objective is better there beyond doubt, everything is reverted.
     """
     final = out / "checkpoint.safetensors"
     inputs = {

@@ -361,7 +361,8 @@ def _decisions(run: Run) -> tuple[Grid, list[str]]:
     lines = []
     if found:
         alone = sum(row.get("ratio") == 1.0 for row in found)
-        lines.append(f"{len(found) - alone} of {len(found)} layers clipped, {alone} left alone.")
+        what = "groups of channels" if "channels" in found[0] else "layers"
+        lines.append(f"{len(found) - alone} of {len(found)} {what} clipped, {alone} left alone.")
     if isinstance(correction := made.get("bias_correction"), dict):
         lines.append(f"Bias correction: {_kept(correction)}.")
     if isinstance(check := made.get("held_out"), dict) and isinstance(check.get("change"), dict):
