@@ -237,8 +237,6 @@ def test_a_full_disk_is_one_line_and_code_2(folder: Path) -> None:
 
 
 def test_ctrl_c_is_one_line_and_code_130(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from resq_deploy.inject import campaign
-
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
