@@ -55,6 +55,8 @@ class _Remote:
 
     lost = ""
     """What to say when a worker died."""
+    deaths: tuple[type[BaseException], ...] = ()
+    """How the executor says that one did."""
 
     def __init__(self, executor: Executor, workers: int) -> None:
         self._pool: Any = executor
@@ -81,7 +83,7 @@ class _Remote:
             if done:
                 try:
                     yield [future.result() for future in done]
-                except (BrokenProcessPool, CancelledError, OSError):
+                except self.deaths:
                     raise ResqError(
                         f"{self.lost}; finished trials are stored: continue with --resume"
                     ) from None
@@ -95,6 +97,7 @@ class Processes(_Remote):
     """Observes trials in worker processes, which map one golden run."""
 
     lost = "a worker process died (out of memory? give fewer --workers)"
+    deaths = (BrokenProcessPool,)
 
     def __init__(self, job: Job, network: Network | None, workers: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -132,9 +135,10 @@ class Cluster(_Remote):
     def __init__(self, job: Job, address: str) -> None:
         """Raises MissingExtra, InputError when no scheduler answers at `address`."""
         try:
-            from distributed import Client
+            from distributed import Client, KilledWorker
         except ImportError:
             raise MissingExtra("distributed", "dask") from None
+        self.deaths = (CancelledError, OSError, KilledWorker)
         try:
             self._client: Any = Client(address, timeout=CONNECT_S)
         except (OSError, ValueError, TypeError) as error:
