@@ -659,6 +659,7 @@ def adjust(
 )  # fmt: skip
 @click.option("--tflite", is_flag=True, help="Fail where model.tflite cannot hold the network.")
 @out_folder
+@click.option("--depfile", type=OUT_PATH, metavar="FILE", help="Write a rule for make and ninja.")
 @json_option
 def export(
     checkpoint: Path,
@@ -667,11 +668,13 @@ def export(
     encoding: str | None,
     tflite: bool,
     out: Path,
+    depfile: Path | None,
     json_file: Path | None,
 ) -> None:
     """Write CHECKPOINT as int8 QDQ ONNX, QONNX and TFLite, with every guarantee checked."""
     from resq_deploy import artifacts, data
     from resq_deploy import export as stage
+    from resq_deploy.export import bundle
 
     loaded = _recipe_of(checkpoint, recipe, root)
     config = loaded.export.model_copy(update={"tflite": "required"} if tflite else {})
@@ -685,8 +688,11 @@ def export(
          for p in manifest["parity"]],
         ["parity of", "and", "images", "within one step", "most steps", "same arg max"],
     )  # fmt: skip
-    if manifest["tflite"]["reason"]:
+    if not manifest["tflite"]["written"]:
         warn([f"not written: {manifest['tflite']['reason']}"])
+    if depfile is not None:
+        sources = [checkpoint, artifacts.sidecar(checkpoint), *([recipe] if recipe else [])]
+        write_text(bundle.depfile(out / stage.MANIFEST, sources), depfile)
     emit_json(manifest, json_file)
 
 

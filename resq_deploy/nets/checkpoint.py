@@ -53,8 +53,8 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
-    arguments of `build`, or the `steps` of a traced network; and `weight_bits` and `encoding`
-    where they are not 8 and plain)."""
+    arguments of `build`, or the `steps` of a traced network; and `weight_bits`, `encoding` and
+    `profile` where they are not the defaults of `quantize`)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
@@ -79,7 +79,8 @@ def load(path: Path, *, encoding: str | None = None) -> tuple[nn.Module, dict[st
         if encoding is not None:
             facts["net"]["encoding"] = encoding
         arguments = dict(facts["net"])
-        stored = {k: arguments.pop(k) for k in ("weight_bits", "encoding") if k in arguments}
+        of_quantize = ("weight_bits", "encoding", "profile")
+        stored = {k: arguments.pop(k) for k in of_quantize if k in arguments}
         net = assemble(arguments["steps"]) if "steps" in arguments else build(**arguments)
         quantized = facts["quantized"]
     except (KeyError, TypeError):

@@ -11,17 +11,9 @@ import copy
 from typing import Any, cast
 
 import brevitas.nn as qnn
-import numpy as np
 import torch
-from brevitas.core.restrict_val import RestrictValueType
-from brevitas.core.scaling import ScalingImplType
 from brevitas.graph.calibrate import calibration_mode
-from brevitas.quant import (
-    Int8ActPerTensorFloat,
-    Int8WeightPerChannelFloat,
-    Int32Bias,
-    Uint8ActPerTensorFloat,
-)
+from brevitas.quant import Int32Bias
 from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -29,79 +21,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from resq_deploy.encoding import Encoding
 from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
-from resq_deploy.nets.blocks import Add, Boundary, Foldable, Kind
-
-
-class Unit(Uint8ActPerTensorFloat):
-    """uint8 values in [0, 1], scale fixed at 1/255: a device feeds camera bytes as they are."""
-
-    scaling_impl_type = ScalingImplType.CONST
-    restrict_scaling_type = RestrictValueType.FP
-    scaling_init = 1.0
-
-
-class Probability(Unit):
-    """uint8 values in [0, 1], scale fixed at 1/256: onnxruntime's QLinearSoftmax rounds exactly
-    at this scale and cuts off at others."""
-
-    scaling_init = 255 / 256
-
-
-class UpToSix(Unit):
-    """uint8 values in [0, 6], scale fixed at 6/255: saturating is what ReLU6 does."""
-
-    scaling_init = 6.0
-
-
-class Weights4(Int8WeightPerChannelFloat):
-    """4-bit weights, codes -7 ... 7, per output channel."""
-
-    bit_width = 4
-
-
-class Weights7(Int8WeightPerChannelFloat):
-    """7-bit weights, codes -63 ... 63, per output channel."""
-
-    bit_width = 7
-
-
-class ToLevels(nn.Module):
-    """Rounds real codes to the nearest level of an encoding, with straight-through gradient."""
-
-    def __init__(self, encoding: Encoding) -> None:
-        super().__init__()
-        self.levels = torch.from_numpy(encoding.levels.astype(np.float32))
-        self.between = (self.levels[1:] + self.levels[:-1]) / 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        at = torch.bucketize(x.detach().float(), self.between.to(x.device))
-        return x + (self.levels.to(x.device)[at].to(x.dtype) - x).detach()
-
-
-def _weight_quant(weight_bits: int, encoding: Encoding) -> type:
-    """The quantizer whose codes are levels of `encoding`; InputError where there is none."""
-    if weight_bits not in (8, 4):
-        raise InputError(f"weight_bits must be 8 or 4, got {weight_bits}")
-    if weight_bits == 4:
-        if encoding.name != "plain":
-            raise InputError(f"encoding {encoding.name} is for 8-bit weights; the network has 4")
-        return Weights4
-    base = Weights7 if encoding.limit == 63 else Int8WeightPerChannelFloat
-    if encoding.uniform:
-        return base
-    return type("WeightsOfLevels", (base,), {"float_to_int_impl": ToLevels(encoding)})
-
-
-class Unsigned(Uint8ActPerTensorFloat):
-    """uint8 activations. Statistics come from `calibrate`, not from the first 300 steps."""
-
-    collect_stats_steps = 1
-
-
-class Signed(Int8ActPerTensorFloat):
-    """int8 activations, symmetric."""
-
-    collect_stats_steps = 1
+from resq_deploy.nets.blocks import Add, Boundary, Foldable
+from resq_deploy.nets.quantizers import Profile, weight_quantizer
+from resq_deploy.nets.quantizers import profile as parse_profile
 
 
 def _quantizer(act_quant: type, *, plain: bool = False) -> nn.Module:
@@ -112,19 +34,16 @@ def _quantizer(act_quant: type, *, plain: bool = False) -> nn.Module:
 class QuantAdd(nn.Module):
     """Addition of two quantized tensors, as onnxruntime's QLinearAdd does it."""
 
-    def __init__(self, marker: Add) -> None:
+    def __init__(self, marker: Add, signed: type) -> None:
         super().__init__()
-        self.main = None if marker.main_is_quantized else _quantizer(Signed)
-        self.skip = None if marker.skip_is_quantized else _quantizer(Signed)
+        self.main = None if marker.main_is_quantized else _quantizer(signed)
+        self.skip = None if marker.skip_is_quantized else _quantizer(signed)
 
     def forward(self, main: Tensor, skip: Tensor) -> Tensor:
         main = self.main(main) if self.main else main
         return value(main) + value(self.skip(skip) if self.skip else skip)
 
 
-KINDS: dict[Kind, type] = {
-    "unit": Unit, "probability": Probability, "unsigned": Unsigned, "signed": Signed,
-}  # fmt: skip
 WEIGHT_LAYERS = (qnn.QuantConv2d, qnn.QuantLinear)
 
 
@@ -175,9 +94,13 @@ def _replace(net: nn.Module, name: str, new: nn.Module) -> None:
     setattr(net.get_submodule(parent), leaf, new)
 
 
-def _layer(old: nn.Module, weight_bits: int, encoding: Encoding) -> nn.Module | None:
+def _layer(
+    old: nn.Module, profile: Profile, weight_bits: int, encoding: Encoding
+) -> nn.Module | None:
     """The Brevitas counterpart of one float module; None where it stays as it is."""
-    weights = {"weight_quant": _weight_quant(weight_bits, encoding), "bias_quant": Int32Bias}
+    weights = {
+        "weight_quant": weight_quantizer(profile, weight_bits, encoding), "bias_quant": Int32Bias,
+    }  # fmt: skip
     if isinstance(old, nn.Conv2d):
         shape: Any = (old.in_channels, old.out_channels, old.kernel_size)
         options: Any = {k: getattr(old, k) for k in ("stride", "padding", "dilation", "groups")}
@@ -185,12 +108,16 @@ def _layer(old: nn.Module, weight_bits: int, encoding: Encoding) -> nn.Module | 
     elif isinstance(old, nn.Linear):
         new = qnn.QuantLinear(old.in_features, old.out_features, bias=True, **weights)
     elif isinstance(old, nn.ReLU | nn.ReLU6):
-        kind = Unsigned if isinstance(old, nn.ReLU) else UpToSix
+        kind = profile.relu if isinstance(old, nn.ReLU) else profile.relu6
+        if kind is None:
+            raise InputError(
+                "ReLU6 saturates at 6, which no power of two does: use the profile float-channel"
+            )
         return cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
     elif isinstance(old, Add):
-        return QuantAdd(old)
+        return QuantAdd(old, profile.kinds["signed"])
     elif isinstance(old, Boundary):
-        return _quantizer(KINDS[old.kind], plain=old.plain)
+        return _quantizer(profile.kinds[old.kind], plain=old.plain)
     else:
         return None
     new.encoding = encoding
@@ -201,17 +128,25 @@ def _layer(old: nn.Module, weight_bits: int, encoding: Encoding) -> nn.Module | 
     return cast(nn.Module, new)
 
 
-def quantize(net: nn.Module, *, weight_bits: int = 8, encoding: str = "plain") -> nn.Module:
+def quantize(
+    net: nn.Module,
+    *,
+    weight_bits: int = 8,
+    encoding: str = "plain",
+    profile: str = "float-channel",
+) -> nn.Module:
     """The int8 Brevitas network of a float one (batch norm folded), not yet calibrated.
 
     Weight names stay those of the float network. `weight_bits` is 8 or 4 (codes -7 ... 7) for
-    every weight; activations stay at 8 bits. Every code is a level of `encoding`, by its name.
-    InputError for another number of bits, and for 4 bits with another encoding than plain.
+    every weight; activations stay at 8 bits. Every code is a level of `encoding`, by its name;
+    scales are as `profile`, one of `quantizers.PROFILES`, says.
+    InputError for another number of bits, for 4 bits with another encoding than plain, and for a
+    layer that the profile has no quantizer for.
     """
-    stored = parse_encoding(encoding)
+    stored, quantizers = parse_encoding(encoding), parse_profile(profile)
     net = fold(net)
     for name, module in list(net.named_modules()):
-        new = _layer(module, weight_bits, stored)
+        new = _layer(module, quantizers, weight_bits, stored)
         if new is not None:
             _replace(net, name, new)
     return net

@@ -103,7 +103,9 @@ def _float_net(recipe: Recipe, splits: Splits) -> tuple[nn.Module, dict[str, Any
         }
         net = build(**arguments, seed=seed)
         load_weights(net)
-    return net, arguments | {"weight_bits": recipe.model.weight_bits}
+    return net, arguments | {
+        "weight_bits": recipe.model.weight_bits, "profile": recipe.model.profile,
+    }  # fmt: skip
 
 
 def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits, Dataset]) -> Any:
@@ -123,7 +125,8 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits,
         x = torch.from_numpy(as_float(calibration_images.x))
         if recipe.baseline.equalize:
             net = equalize(net, recipe.baseline.equalize)
-        net = quantize(net, weight_bits=facts["net"].get("weight_bits", 8))
+        kept = {k: facts["net"][k] for k in ("weight_bits", "profile") if k in facts["net"]}
+        net = quantize(net, **kept)
         calibrate(net, x)
         if recipe.baseline.bias_correction:
             correct_biases(net, x)
