@@ -6,7 +6,6 @@ import math
 from itertools import combinations
 from pathlib import Path
 
-import models
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import models
 from resq_deploy import bits, data, encoding, recipe, runtime
 from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
@@ -210,7 +210,7 @@ def test_columns_have_their_weight() -> None:
     assert hsiao.columns(4, 3) == [0b0111, 0b1011, 0b1101, 0b1110]
 
 
-# --------------------------------------------------------------------------- the decoder in the file
+# --------------------------------------------------------------------------- the decoder
 
 
 def stored_model(kind: Encoding, shape: tuple[int, ...]) -> onnx.ModelProto:
