@@ -60,8 +60,9 @@ def learning_rate(peak: float, step: int, total: int) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def _optimizer(net: nn.Module, config: Training) -> torch.optim.SGD:
-    # Weight decay would pull activation scales and biases to zero: matrices and kernels only.
+def optimizer(net: nn.Module, config: Training) -> torch.optim.SGD:
+    """SGD with Nesterov momentum; weight decay on matrices and kernels only."""
+    # Weight decay would pull activation scales and biases to zero.
     decay = [p for p in net.parameters() if p.ndim > 1]
     rest = [p for p in net.parameters() if p.ndim <= 1]
     groups: Any = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest}]
@@ -87,7 +88,7 @@ def _restore(path: Path, net: nn.Module, config: Training, objective: Objective)
     tensors = read_tensors(path)
     net.load_state_dict(part(tensors, "net."))
     # Only now: Brevitas replaces parameters while it loads, and the optimizer must hold the new.
-    sgd = _optimizer(net, config)
+    sgd = optimizer(net, config)
     momentum = part(tensors, "momentum.")
     for name, p in net.named_parameters():
         if name in momentum:
@@ -95,6 +96,29 @@ def _restore(path: Path, net: nn.Module, config: Training, objective: Objective)
             sgd.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(momentum[name])
     objective.load_state(part(tensors, "objective."))
     return sgd
+
+
+def update(
+    net: nn.Module,
+    sgd: torch.optim.SGD,
+    objective: Objective,
+    x: Tensor,
+    y: Tensor,
+    generator: torch.Generator,
+    config: Training,
+) -> Tensor:
+    """One step of training on a batch x (N, C, H, W), y (N,); returns the loss before it."""
+    device = x.device.type
+    sgd.zero_grad(set_to_none=True)
+    with torch.autocast(device, torch.bfloat16, enabled=precision(device) == "bfloat16"):
+        loss = objective.loss(net, x, y, generator)
+    loss.backward()
+    objective.after_backward(net)
+    # Folded networks have no batch norm to absorb a large step.
+    nn.utils.clip_grad_norm_(net.parameters(), config.max_gradient_norm)
+    sgd.step()
+    objective.after_step(net)
+    return loss.detach()
 
 
 def fit(
@@ -119,7 +143,7 @@ def fit(
     net.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     history: list[dict[str, float]] = []
     if not artifacts.is_current(resume, inputs):
-        sgd = _optimizer(net, config)
+        sgd = optimizer(net, config)
     else:
         sgd = _restore(resume, net, config, objective)
         history = artifacts.read_json(artifacts.sidecar(resume))["history"]
@@ -129,7 +153,6 @@ def fit(
     steps = len(data) // batch
     total = steps * config.epochs
     objective.begin(total)
-    half = precision(device) == "bfloat16"
     with progress.bar(total, stage) as bar:
         bar.update(len(history) * steps)
         for epoch in range(len(history), config.epochs):
@@ -145,21 +168,13 @@ def fit(
                 y = torch.from_numpy(data.y[index]).to(device)
                 for group in sgd.param_groups:
                     group["lr"] = learning_rate(config.lr, epoch * steps + step, total)
-                sgd.zero_grad(set_to_none=True)
-                with torch.autocast(device, torch.bfloat16, enabled=half):
-                    loss = objective.loss(net, x, y, generator)
+                loss = update(net, sgd, objective, x, y, generator, config)
                 if not torch.isfinite(loss):
                     raise InputError(
                         f"stage {stage}: the loss became {loss.item()} in epoch {epoch + 1}; lower "
                         f"lr (given: {config.lr})"
                     )
-                loss.backward()
-                objective.after_backward(net)
-                # Folded networks have no batch norm to absorb a large step.
-                nn.utils.clip_grad_norm_(net.parameters(), config.max_gradient_norm)
-                sgd.step()
-                objective.after_step(net)
-                losses += loss.detach().cpu()
+                losses += loss.cpu()
                 bar.update(1)
             history.append({"epoch": epoch + 1, "loss": float(losses) / steps})
             _save(resume, net, sgd, objective)
