@@ -88,9 +88,9 @@ def main(
             tabulate(rows, head, tablefmt="github", disable_numparse=True),
             "",
             f"Accuracy in percent on {found['n_images']} test images of {name}: clean with its",
-            f"95 % Wilson interval, at each bit error rate the mean over {draws} fault patterns with",
-            "its 95 % bootstrap interval. No retraining: codes are rounded to the levels of the",
-            f"encoding. {found['cpu']['name']}; {versions}. Command: `python",
+            f"95 % Wilson interval, at each bit error rate the mean over {draws} fault patterns",
+            "with its 95 % bootstrap interval. No retraining: codes are rounded to the levels of",
+            f"the encoding. {found['cpu']['name']}; {versions}. Command: `python",
             f"benchmarks/encodings.py CKPT --data {name} --images {images} --draws {draws}`.",
         ]
     )

@@ -103,6 +103,7 @@ def test_the_tables_of_saf_are_tau() -> None:
 
 
 @given(st.integers(-63, 63), st.integers(0, 63))
+@settings(deadline=None)
 def test_guard_sees_each_flip_of_the_two_top_bits_and_passes_both(code: int, low: int) -> None:
     """Whatever happens to the other bits; a good byte that is read is never changed."""
     stored = np.array([code ^ low], np.int8)
@@ -117,6 +118,7 @@ def test_guard_sees_each_flip_of_the_two_top_bits_and_passes_both(code: int, low
 
 
 @given(st.data())
+@settings(deadline=None)
 def test_parity_sees_every_odd_number_of_flips_and_passes_even_ones(data: st.DataObject) -> None:
     kind = encoding.parse("parity:zero")
     code = data.draw(st.sampled_from(kind.levels[kind.levels != 0].tolist()))
