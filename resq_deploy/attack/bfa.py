@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,16 +83,26 @@ def _weight_values(net: nn.Module) -> Iterator[dict[str, tuple[Tensor, Tensor]]]
             handle.remove()
 
 
+def damage(scores: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of logits (N, n_classes), of each image at most 2 ln(n_classes).
+
+    The original does not bound it; then a few lost images, whose loss grows and grows, outweigh
+    all those that are still right.
+    """
+    each = F.cross_entropy(scores.float(), y, reduction="none")
+    return each.clamp(max=2 * math.log(scores.shape[1])).mean()
+
+
 def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> list[Candidate]:
-    """The `n` bits of each layer whose flips raise the cross-entropy most, to first order.
+    """The `n` bits of each layer whose flips raise `damage` most, to first order.
 
     x (N, C, H, W) in [0, 1], y (N,). A flip changes a weight by (decode(s') - decode(s)) scale,
     where s are the stored codes with `masks` applied: two's complement, or what an encoding makes
     of it. Bits that are flipped already, or whose flip would lower the loss, are left out.
     """
     with evaluate.frozen(net), bit_errors(net, masks), _weight_values(net) as weights:
-        loss = F.cross_entropy(value(net(x)).float(), y)
-        gradients = torch.autograd.grad(loss, [leaf for leaf, _ in weights.values()])
+        harm = damage(value(net(x)), y)
+        gradients = torch.autograd.grad(harm, [leaf for leaf, _ in weights.values()])
     encoding, layers, found = encoding_of(net), weight_layers(net), []
     for (name, (_, scale)), gradient in zip(weights.items(), gradients, strict=True):
         plain = encoding.encode(codes(layers[name]).numpy()).view(np.uint8)
@@ -117,9 +128,8 @@ def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> li
 
 
 def loss(net: nn.Module, masks: Masks, batch: Dataset) -> float:
-    """Mean cross-entropy of the twin with the stored bits of `masks` flipped."""
-    scores = evaluate.logits(net, batch.x, masks=masks).float()
-    return float(F.cross_entropy(scores, torch.from_numpy(batch.y)))
+    """The damage to the twin with the stored bits of `masks` flipped."""
+    return float(damage(evaluate.logits(net, batch.x, masks=masks), torch.from_numpy(batch.y)))
 
 
 @dataclass(frozen=True, kw_only=True)
