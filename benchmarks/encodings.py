@@ -26,12 +26,12 @@ RATES = (1e-4, 1e-3, 3e-3, 1e-2, 2e-2)
 ROWS = (
     ("plain", "none"),
     ("parity:zero", "none"),
-    ("parity:nearest", "none"),
     ("parity:expected", "none"),
-    ("guard:nearest", "none"),
-    ("guard:expected", "none"),
     ("secded", "none"),
     ("plain", "secded"),
+    ("guard:expected", "none"),
+    ("parity:nearest", "none"),
+    ("guard:nearest", "none"),
 )
 BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
@@ -56,6 +56,25 @@ def row(encoding: str, protection: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
+def table(rows: list[list[str]], found: dict[str, Any], name: str, draws: int) -> str:
+    """All rows, and how they were made."""
+    versions = ", ".join(f"{k} {v}" for k, v in runtime.versions().items() if k != "resq_deploy")
+    head = ["stored as", "bytes", "clean, %", *(f"BER {rate:g}" for rate in RATES)]
+    n = found["n_images"]
+    return "\n".join(
+        [
+            tabulate(rows, head, tablefmt="github", disable_numparse=True),
+            "",
+            f"Accuracy in percent on {n} test images of {name}: clean with its 95 % Wilson",
+            f"interval, at each bit error rate the mean over {draws} fault patterns with its",
+            "95 % bootstrap interval. No retraining: codes are rounded to the levels of the",
+            "encoding.",
+            f"{found['cpu']['name']}; {versions}. Command: `python benchmarks/encodings.py",
+            f"CKPT --data {name} --images {n} --draws {draws}`.",
+        ]
+    )
+
+
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--data", "name", default="cifar10", show_default=True)
@@ -68,7 +87,7 @@ def main(
 ) -> None:
     """Accuracy of CHECKPOINT under bit errors, by encoding."""
     test = data.load(name).test
-    few, rows, found = test.first(images), [], {}
+    few, rows, text = test.first(images), [], ""
     for encoding, protection in ROWS:
         out = work / encoding.replace(":", "-")
         model = export(
@@ -80,26 +99,13 @@ def main(
             resume=store.exists(), show=progress.bar,
         )  # fmt: skip
         rows.append(row(encoding, protection, found))
-        click.echo("  ".join(rows[-1]))
-    versions = ", ".join(f"{k} {v}" for k, v in runtime.versions().items() if k != "resq_deploy")
-    head = ["stored as", "bytes", "clean, %", *(f"BER {rate:g}" for rate in RATES)]
-    text = "\n".join(
-        [
-            tabulate(rows, head, tablefmt="github", disable_numparse=True),
-            "",
-            f"Accuracy in percent on {found['n_images']} test images of {name}: clean with its",
-            f"95 % Wilson interval, at each bit error rate the mean over {draws} fault patterns",
-            "with its 95 % bootstrap interval. No retraining: codes are rounded to the levels of",
-            f"the encoding. {found['cpu']['name']}; {versions}. Command: `python",
-            f"benchmarks/encodings.py CKPT --data {name} --images {images} --draws {draws}`.",
-        ]
-    )
+        text = table(rows, found, name, draws)
+        if write is not None:  # after every row: the next one takes long
+            page = write / "encoding.md"
+            before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+            after = rest.partition(END)[2]
+            page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
     click.echo(text)
-    if write is not None:
-        page = write / "encoding.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

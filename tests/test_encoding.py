@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import models
 from resq_deploy import bits, data, encoding, recipe, runtime
 from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
-from resq_deploy.export import QDQ, checks, decoders, export
+from resq_deploy.export import QDQ, c_decoder, checks, decoders, export
 from resq_deploy.inject import memory, space
 from resq_deploy.inject.fast import Fast, Network
 from resq_deploy.inject.reload import Reload
@@ -263,6 +265,33 @@ def test_the_decoder_of_secded_is_the_python_one_after_every_single_and_double_f
         assert np.array_equal(found, kind.decode(stored))
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "guard:expected"])
+def test_the_decoder_in_c_is_the_python_one(name: str, tmp_path: Path) -> None:
+    kind = encoding.parse(name)
+    for file, content in c_decoder.sources(kind).items():
+        (tmp_path / file).write_bytes(content)
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-lm"]
+    library = tmp_path / "decode.so"
+    subprocess.run(["cc", tmp_path / "decode.c", *flags, "-o", library], check=True)
+    decode = ctypes.CDLL(str(library)).resq_model_decode
+    for shape in [(16, 16), (5, 3, 3, 3)]:
+        stored = np.random.default_rng(1).integers(-128, 128, shape).astype(np.int8)
+        if shape[0] == 5:
+            stored = kind.encode(weight(kind, shape)) ^ random_flips(shape, 0.02)
+        found = np.empty(shape, np.int8)
+        for target in (found, stored.copy()):  # into other bytes, and in place
+            source = stored if target is found else target
+            decode(
+                ctypes.c_void_p(target.ctypes.data), ctypes.c_void_p(source.ctypes.data),
+                ctypes.c_uint32(stored.size), ctypes.c_uint32(shape[0]),
+            )  # fmt: skip
+            assert np.array_equal(target, kind.decode(stored))
+
+
+def test_plain_codes_need_no_decoder() -> None:
+    assert c_decoder.sources(Encoding()) == {}
+
+
 def test_an_opset_without_the_operators_is_refused() -> None:
     model = stored_model(Encoding(), (2, 8))
     model.opset_import[0].version = 17
@@ -407,7 +436,7 @@ def test_export_stores_the_encoded_codes_and_says_so(saved: Path, tmp_path: Path
         assert np.array_equal(stored[f"{name}.weight"], expected)
     manifest = (tmp_path / "out/manifest.json").read_text(encoding="utf-8")
     assert '"encoding": "secded"' in manifest and '"n_unprotected_bytes": 0' in manifest
-    assert file.name == QDQ
+    assert file.name == QDQ and (tmp_path / "out/decode.c").is_file()
 
 
 def test_a_decoder_that_reads_other_codes_is_refused() -> None:

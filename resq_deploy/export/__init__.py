@@ -15,7 +15,7 @@ from resq_deploy import artifacts, evaluate, memory_map, metrics, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
-from resq_deploy.export import bundle, checks, decoders, golden
+from resq_deploy.export import bundle, c_decoder, checks, decoders, golden
 from resq_deploy.export.bundle import MANIFEST
 from resq_deploy.export.manifest import hardening
 from resq_deploy.export.qdq import qdq
@@ -68,7 +68,7 @@ def _tflite(model: onnx.ModelProto, config: Export) -> tuple[dict[str, bytes], s
 def _inputs(source: Path, images: Dataset, config: Export, encoding: str | None) -> dict[str, Any]:
     return {
         "checkpoint_sha256": artifacts.sha256(source),
-        **({} if encoding is None else {"encoding": encoding}),
+        "encoding": encoding,
         "export": config.model_dump(mode="json"),
         "parity_sha256": images.first(min(config.parity_images, len(images))).sha256,
     }
@@ -113,8 +113,9 @@ def export(
     config: Export | None = None,
     encoding: str | None = None,
 ) -> Path:
-    """Write OUT/model.qdq.onnx, model.qonnx.onnx, model.tflite where that format can hold the
-    network, and manifest.json; returns the first.
+    """Write the bundle of docs/bundle.md into OUT: model.qdq.onnx, model.qonnx.onnx, model.tflite
+    where that format can hold the network, manifest.json and all that builds need; returns the
+    first.
 
     `encoding` stores the weights otherwise than the checkpoint was trained for: their codes are
     rounded to its levels.
@@ -191,6 +192,7 @@ def export(
         "threads": torch.get_num_threads(),
     }
     written |= bundle.embedded(written[QDQ], QDQ, mapped, image, vectors)
+    written |= c_decoder.sources(stored)
     artifacts.write_folder(out, bundle.finish(written, made))
     return out / QDQ
 

@@ -142,16 +142,18 @@ def real(value: Any) -> str:
     return f"{float(np.float32(value)):.8e}f"
 
 
-def _lines(literals: Sequence[str], indent: str = "    ") -> str:
+def lines(literals: Sequence[str], indent: str = "    ") -> str:
+    """Literals in the rows of an initializer."""
     rows = (literals[i : i + COLUMNS] for i in range(0, len(literals), COLUMNS))
     return ",\n".join(indent + ",".join(row) for row in rows)
 
 
 def _rows(literals: Iterable[Sequence[str]]) -> str:
-    return ",\n".join(f"    {{\n{_lines(row, '        ')}\n    }}" for row in literals)
+    return ",\n".join(f"    {{\n{lines(row, '        ')}\n    }}" for row in literals)
 
 
-def _integers(values: NDArray[Any]) -> list[str]:
+def integers(values: NDArray[Any]) -> list[str]:
+    """Numbers of an array, in C order, as literals."""
     return [str(value) for value in values.reshape(-1).tolist()]
 
 
@@ -182,14 +184,14 @@ def weights(mapped: MemoryMap, image: bytes) -> dict[str, bytes]:
     )
     scales, rows = [], []
     for i, tensor in enumerate(mapped.tensors):
-        values = _lines([real(value) for value in tensor.scale])
+        values = lines([real(value) for value in tensor.scale])
         scales.append(f"static const float scales_{i}[{len(tensor.scale)}] = {{\n{values}\n}};")
         rows.append(
             f'    {{"{tensor.name}", {tensor.address}u, {tensor.bytes}u, {tensor.elements}u, '
             f"{tensor.bits}u, 0x{tensor.crc32:08x}u, scales_{i}, {len(tensor.scale)}u}}"
         )
     source = WEIGHTS_C.format(
-        data=_lines([str(byte) for byte in image]),
+        data=lines([str(byte) for byte in image]),
         scales="\n".join(scales),
         rows=",\n".join(rows),
     )
@@ -212,8 +214,8 @@ def golden(vectors: Golden, model: str) -> dict[str, bytes]:
     )
     table = vectors.roundings
     source = GOLDEN_C.format(
-        inputs=_rows(_integers(x) for x in vectors.x),
-        codes=_rows(_integers(row) for row in vectors.codes),
+        inputs=_rows(integers(x) for x in vectors.x),
+        codes=_rows(integers(row) for row in vectors.codes),
         outputs=_rows([real(v) for v in row] for row in vectors.outputs),
         roundings=",\n".join(
             f"    {{{real(value)}, {real(scale)}, {zero}, {code}}}"
