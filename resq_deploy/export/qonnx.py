@@ -67,10 +67,12 @@ def qonnx(
 ) -> onnx.ModelProto:
     """The cleaned QONNX model of a quantized network for one image (1, C, H, W).
 
-    Its weights are what a device reads, whatever the encoding of the stored codes.
+    Its weights are what a device reads, whatever the encoding of the stored codes. Every tensor
+    has its shape, which qonnx's executor and some front ends ask for.
     """
     from brevitas.export import export_qonnx
     from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_shapes import InferShapes
     from qonnx.util.cleanup import cleanup_model
 
     model = torchscript(export_qonnx, net, torch.zeros(1, *shape), opset_version=opset)
@@ -80,7 +82,9 @@ def qonnx(
     _name_weights(model.graph)
     if not encoding_of(net).uniform:
         _round_to_levels(model.graph, encoding_of(net))
-    return finish(model, ir_version=ir_version)
+    model = finish(model, ir_version=ir_version)
+    with quiet():
+        return ModelWrapper(model).transform(InferShapes()).model
 
 
 def execute(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
