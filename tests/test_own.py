@@ -13,11 +13,12 @@ import torch
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from resq_deploy import artifacts, data, pipeline, recipe, store
+from resq_deploy import artifacts, data, pipeline, recipe, runtime, store
 from resq_deploy.cli import main
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
-from resq_deploy.export import export
+from resq_deploy.export import checks, export, output_step
+from resq_deploy.export.qdq import qdq
 from resq_deploy.inject import inject
 from resq_deploy.nets import checkpoint, own
 from resq_deploy.nets.posttraining import correct_biases, equalize
@@ -144,6 +145,36 @@ class TestTraced:
             expected = traced.eval()(X)
             error = (value(int8.eval()(X)) - expected).abs().max() / expected.abs().max()
         assert error < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "convolutions", "linear"),
+    [
+        ("DenseNet", 5, 1),  # 3, and one for the batch norm of each concatenation
+        ("PreActivated", 5, 0),  # 4, and one for the batch norm behind the shortcut
+        ("SqueezeExcitation", 2, 3),  # 1, and one for the constants in front
+        ("TwoReaders", 1, 1),
+    ],
+)
+def test_what_people_write_computes_in_integers(name: str, convolutions: int, linear: int) -> None:
+    net = own.call(f"{OWN / 'more_nets.py'}:{name}", {}).train()
+    net(X)
+    _, traced = trace(net.eval(), SHAPE)
+    expected = net(X)
+    ours = traced.eval()(X)
+    ours = ours.softmax(-1) if name == "SqueezeExcitation" else ours
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+    int8 = quantize(traced)
+    calibrate(int8, X)
+    model = qdq(int8.eval(), SHAPE, opset=19, ir_version=10).SerializeToString()
+    kernels = checks.integer_kernels(model)
+    assert [kernels.get(k, 0) for k in ("QLinearConv", "QGemm")] == [convolutions, linear]
+    pixels = np.round(X.numpy() * 255).astype(np.uint8)
+    session = runtime.session(model)
+    found = runtime.run(session, runtime.adapt(pixels, session))
+    with torch.no_grad():
+        wanted = value(int8(torch.from_numpy(pixels / np.float32(255)))).numpy()
+    assert checks.parity(("torch", "file"), wanted, found, step=output_step(int8)).max_steps <= 1
 
 
 def test_weights_are_read_under_the_names_of_the_user(digits: Path, tmp_path: Path) -> None:

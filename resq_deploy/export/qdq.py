@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,10 +158,11 @@ def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
         weight_dq = producer[node.input[1]]
         stored_codes = numpy_helper.to_array(stored[weight_dq.input[0]])
         leaf = node.name.split("/")[-2].split(".")[-1]  # /layer1/layer1.0/conv1/Conv -> conv1
+        leaves = (leaf, re.sub(r"_\d+$", "", leaf))  # the exporter numbers scopes of one name
         names = [
             name
             for name, expected in wanted.items()
-            if name.split(".")[-1] == leaf and np.array_equal(expected, stored_codes)
+            if name.split(".")[-1] in leaves and np.array_equal(expected, stored_codes)
         ]
         if not names:
             raise ExportError(f"no weight of the network has the codes of node {node.name!r}")

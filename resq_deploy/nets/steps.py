@@ -61,6 +61,17 @@ class Concat(nn.Module):
         return torch.cat([value(part) for part in parts], dim=self.dim)
 
 
+class Maps(nn.Module):
+    """Vectors (N, C) as maps (N, C, 1, 1), which products spread over height and width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, self.channels, 1, 1)
+
+
 class Multiply(nn.Module):
     """Product of two tensors, one of which may be (N, C, 1, 1)."""
 
@@ -91,6 +102,7 @@ MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         (Boundary, ("kind", "plain")),
         (Add, ("skip_is_quantized", "main_is_quantized")),
         (Concat, ("dim",)),
+        (Maps, ("channels",)),
         (Multiply, ()),
         (Value, ()),
     )

@@ -26,6 +26,7 @@ from resq_deploy.nets.steps import (
     OUTPUT,
     Concat,
     Dropout,
+    Maps,
     Multiply,
     Step,
     Value,
@@ -173,7 +174,7 @@ class _Writer:
         if isinstance(module, NORMS):
             raise Refused(f"{kind.__name__} divides by statistics of each image, which has no "
                            "integer kernel; train it with batch norm")  # fmt: skip
-        known = ", ".join(n for n in MODULES if n not in ("Boundary", "Value", "Add", "Multiply"))
+        known = ", ".join(n for n, (c, _) in MODULES.items() if c.__module__.startswith("torch."))
         raise Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
 
     def layer(self, name: str, module: nn.Module, x: _Ref) -> _Ref:
@@ -221,10 +222,15 @@ class _Writer:
         return self.average(name, x, kernel_size=window)
 
     def flatten(self, node: fx.Node, x: _Ref) -> _Ref:
-        """Everything that makes (N, C, H, W) to (N, C * H * W), however it was written."""
+        """Everything that makes (N, C, H, W) to (N, C * H * W), however it was written; and back
+        to (N, C, 1, 1)."""
         old, new = shape_of(node.all_input_nodes[0]), shape_of(node)
         if old == new:
             return x
+        if new == (*old, 1, 1):
+            x = self.quantized(x)
+            name = self.free(f"{x.step}_maps")
+            return self.write(name, Maps, x, quantized=True, of=x.kind, channels=old[1])
         if new[0] != old[0] or any(size != 1 for size in new[2:]):
             raise Refused(f"shape {('N', *old[1:])} to {('N', *new[1:])}: only flattening is known")
         x = x if self.steps[x.step]["module"] == "AdaptiveAvgPool2d" else self.quantized(x)
@@ -251,6 +257,9 @@ class _Writer:
             return self.flatten(node, self.ref(node.all_input_nodes[0]))
         if target in ("mean", torch.mean):
             return self.mean(node)
+        if target in ("expand", "expand_as") and all(AFFINE.get(u.target) == "mul"
+                                                     for u in node.users):  # fmt: skip
+            return self.ref(node.all_input_nodes[0])  # products spread it themselves
         if target in SOFTMAXES:
             return self.softmax(node, self.ref(node.all_input_nodes[0]))
         raise Refused("it has no quantized form")
