@@ -35,7 +35,8 @@ Images = NDArray[np.int64]
 
 IN_PLACE = ("weight", "bias")
 """Targets whose values do not steer how onnxruntime optimizes a graph. The others (scales, zero
-points) do, so that a graph optimized without the fault is no longer the one that runs."""
+points, float weights, which it fuses and reorders) do, so that a graph optimized without the fault
+is no longer the one that runs."""
 
 FEW = 32
 """Changed elements up to which a layer is updated tap by tap; more and the layer runs densely."""
@@ -231,7 +232,7 @@ class Network:
         if self.why:
             return dict.fromkeys(self._types, self.why)
         return {
-            name: "scales and zero points steer how onnxruntime optimizes the graph"
+            name: "scales, zero points and float weights steer how onnxruntime optimizes the graph"
             if tensor.target not in IN_PLACE
             else "onnxruntime stores it in another form in the optimized graph"
             for name, tensor in self._types.items()

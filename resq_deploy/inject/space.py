@@ -29,7 +29,7 @@ from resq_deploy.records import Site
 Flat = NDArray[np.int64]
 Accepts = Callable[[int], bool]
 
-TARGETS = ("weight", "bias", "scale", "zero-point")
+TARGETS = ("weight", "bias", "scale", "zero-point", "float")
 """What of a file may be hit; the first is the default."""
 
 ACTIVATION = "activation"
@@ -52,6 +52,7 @@ TYPES: dict[str, dict[int, str]] = {
     "bias": INT32,
     "scale": FLOATS,
     "zero-point": SMALL | INT32,
+    "float": FLOATS,
     ACTIVATION: {TensorProto.INT8: "int8", TensorProto.UINT8: "uint8"},
 }
 """Types that each target may be stored in, as numpy (or ONNX, for the packed ones) calls them."""
@@ -139,7 +140,7 @@ COLUMNS = ("MatMul", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat") +
 PASS_THROUGH = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Clip"} | {
     "Gather"
 }
-# Operators whose float weights we report as outside of the space.
+# Inputs that hold float weights: the target `float`, and else reported as outside of the space.
 FLOAT_WEIGHTS: dict[str, Accepts] = {
     "Conv": _at(1),
     "ConvTranspose": _at(1),
@@ -334,9 +335,16 @@ def _label(node: onnx.NodeProto) -> str:
 class _Graph:
     """Who reads which value in the top-level graph."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        small = {t.name for t in graph.initializer if t.data_type in SMALL}
-        self.decoders = decoders.find(graph, small, PASS_THROUGH, DATA.keys() | ZERO_POINTS.keys())
+    def __init__(self, graph: onnx.GraphProto, *, floats: bool) -> None:
+        """`floats`: float matrices and kernels may be weights too."""
+        stored = {
+            t.name
+            for t in graph.initializer
+            if t.data_type in SMALL or (floats and t.data_type in FLOATS and len(t.dims) > 1)
+        }
+        self._floats = floats
+        ends = DATA.keys() | ZERO_POINTS.keys()
+        self.decoders = decoders.find(graph, stored, PASS_THROUGH, ends)
         self.readers: dict[str, list[tuple[int, onnx.NodeProto, int]]] = {}
         self.dynamic_scales = set()
         for order, node in enumerate(graph.node):
@@ -359,6 +367,8 @@ class _Graph:
     def _role(self, node: onnx.NodeProto, i: int) -> str | None:
         """What an operator takes its input `i` for; None where we do not know."""
         tables = {"data": DATA, "zero-point": ZERO_POINTS, "scale": SCALES, "bias": BIASES}
+        if self._floats:
+            tables["float"] = FLOAT_WEIGHTS
         for role, table in {**tables, "limit": LIMITS}.items():
             if table.get(node.op_type, _at())(i):
                 return role
@@ -419,7 +429,7 @@ class _Graph:
         place.absorbed |= path.clipped
         if order < place.order:
             place.order, place.op_type, place.node = order, node.op_type, _label(node)
-            place.axis = path.axis(node, i, rank) if role == "data" else None
+            place.axis = path.axis(node, i, rank) if role in ("data", "float") else None
 
 
 def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
@@ -542,7 +552,8 @@ def _warnings(
             "DynamicQuantizeLinear takes its scale from all images that run together "
             f"({runtime.CHUNK} at a time): a fault can change an image through its neighbours"
         )
-    floats = _float_weights(model)
+    inside = {tensor.name for tensor in tensors}
+    floats = [name for name in _float_weights(model) if name not in inside]
     if floats:
         found.append(f"{len(floats)} float weights (first: {floats[0]}) are not in the fault space")
     if unread:
@@ -575,7 +586,7 @@ def discover(model: onnx.ModelProto, targets: Sequence[str] = TARGETS[:1]) -> Di
     _refuse_hidden(model)
     types = set(SMALL) | UNHANDLED | {t for target in targets for t in TYPES[target]}
     _promote_constants(model, types)
-    graph = _Graph(model.graph)
+    graph = _Graph(model.graph, floats="float" in targets)
     found: list[tuple[int, Tensor]] = []
     excluded, unread = [], []
     for proto in model.graph.initializer:
@@ -645,6 +656,8 @@ def _target(proto: onnx.TensorProto, use: _Use) -> str | None:
         return "weight"
     if "bias" in use.places or ("data" in use.places and proto.data_type in INT32):
         return "bias" if proto.data_type in INT32 else None
+    if "float" in use.places and proto.data_type in FLOATS:
+        return "float"
     return next((role for role in ("scale", "zero-point") if role in use.places), None)
 
 
