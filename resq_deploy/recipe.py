@@ -225,6 +225,9 @@ class Adjust(_Section):
     channel_groups: Positive = Field(
         4, description="groups of channels per layer that are decided together: channel"
     )
+    activations: bool = Field(
+        False, description="also clip the ranges of the activations behind ReLUs"
+    )
     ratios: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         (0.9, 0.8, 0.7, 0.6, 0.5), description="clip ratios tried"
     )
@@ -287,6 +290,13 @@ class Recipe(_Section):
     adjust: Adjust
     export: Export = Export()
     prove: Prove = Prove()
+
+    @model_validator(mode="after")
+    def _has_weights(self) -> Recipe:
+        given = self.float.checkpoint or "epochs" in self.float.model_fields_set
+        if self.model.net and not given:
+            raise ValueError("float: give epochs, or a checkpoint")
+        return self
 
     def portable(self) -> dict[str, Any]:
         """Plain JSON values without the paths of this machine, for artefacts."""
@@ -395,7 +405,7 @@ augment = "crop-flip"       # none | crop | crop-flip
 calibration = "cifar10"     # calibration/cifar10.toml
 
 [model]
-net = "resnet8"             # resnet20 | resnet18 | vgg16 | mobilenetv2 | ...
+net = "resnet8"             # resnet20 | resnet18 | vgg16 | ...; or source = "mynet.py:make_net"
 
 [float]                     # float pre-training
 epochs = 30

@@ -269,6 +269,16 @@ class Shared(nn.Module):
         return self.conv(self.conv(x)).flatten(1)
 
 
+class SharedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 2, 3), nn.Conv2d(1, 2, 3)
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.norm(self.a(x)) + self.norm(self.b(x))).flatten(1)
+
+
 class Halves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = torch.chunk(x, 2, dim=2)
@@ -281,6 +291,7 @@ class Halves(nn.Module):
         (GroupNormed(), ["module 'body.1': GroupNorm divides by statistics", "'body.2': Tanh has"]),
         (Branching(), ["module 'gate' cannot be traced"]),
         (Shared(), ["module 'conv': a layer with weights is called twice"]),
+        (SharedNorm(), ["module 'norm': a layer with weights is called twice"]),
         (Halves(), ["the network calls chunk"]),
         (nn.Sequential(nn.Conv2d(3, 4, 3)), ["module '0' does not take images of shape"]),
         (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.Flatten()),
@@ -288,7 +299,8 @@ class Halves(nn.Module):
         (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256)), ["module '1': BatchNorm1d"]),
         (nn.Sequential(nn.Conv2d(1, 4, 3)), ["one tensor of logits"]),
     ],
-    ids=["norm", "control flow", "shared", "chunk", "channels", "padding", "batch norm", "output"],
+    ids=["norm", "control flow", "shared", "shared norm", "chunk", "channels", "padding",
+         "batch norm", "output"],
 )  # fmt: skip
 def test_what_cannot_be_quantized_is_named(net: nn.Module, messages: list[str]) -> None:
     with pytest.raises(InputError) as raised:
@@ -324,12 +336,13 @@ def test_a_changed_source_is_detected(digits: Path, tmp_path: Path) -> None:
         ({"source": SOURCES["plain"], "width": 0.5}, "width has no meaning with source"),
         ({"net": "resnet8", "source": "x.py:f"}, "give one of net and source"),
         ({"net": "resnet8", "mean": [0.1], "std": [1.0]}, "mean, std has no meaning with net"),
+        ({"source": SOURCES["plain"], "mean": [0.1]}, "give mean and std, or neither"),
         ({"source": SOURCES["plain"], "mean": [0.1, 0.2], "std": [1.0, 1.0]},
          "2 and 2 values; the images have 1 channels"),
         ({"source": f"{OWN / 'plain_cnn.py'}:few"}, "has 3 outputs, the data set 10 classes"),
     ],
-    ids=["file", "form", "module", "result", "name", "field", "both", "mean", "channels",
-         "classes"],
+    ids=["file", "form", "module", "result", "name", "field", "both", "mean", "one of two",
+         "channels", "classes"],
 )  # fmt: skip
 def test_a_wrong_source_is_one_line_and_exit_code_2(
     digits: Path, tmp_path: Path, model: dict[str, Any], message: str
@@ -341,6 +354,13 @@ def test_a_wrong_source_is_one_line_and_exit_code_2(
     assert result.exit_code == 2 and len(lines) == 1
     assert re.search(message, lines[0])
     assert not (tmp_path / "float").exists()
+
+
+def test_a_built_in_network_needs_weights_or_epochs(digits: Path, tmp_path: Path) -> None:
+    sections = SECTIONS | {"float": {"batch": 8}}
+    path = write(tmp_path, digits, model={"net": "resnet8"}, **sections)
+    with pytest.raises(InputError, match="float: give epochs, or a checkpoint"):
+        recipe.load(path)
 
 
 def test_broken_steps_are_refused() -> None:

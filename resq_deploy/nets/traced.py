@@ -86,6 +86,8 @@ class _Writer:
         of: Kind = "signed", **options: Any,
     ) -> _Ref:  # fmt: skip
         """One more step, whose values are `of` a kind."""
+        if name in self.steps:
+            raise Refused("a layer with weights is called twice; give every call its own layer")
         self.steps[name] = step(name, module, [r.step for r in reads], **options)
         return _Ref(name, quantized, of)
 
@@ -134,7 +136,7 @@ class _Writer:
 
     def convert(self, name: str, module: nn.Module, x: _Ref, node: fx.Node) -> _Ref:
         kind = type(module)
-        if kind in (nn.Identity,):
+        if kind is nn.Identity:
             return x
         if kind in (nn.Dropout, nn.Dropout2d):
             maps = kind is nn.Dropout2d
@@ -158,9 +160,7 @@ class _Writer:
             if module.return_indices:
                 raise Refused("indices of max pooling cannot be returned")
             x = self.quantized(x)
-            return self.write(
-                name, kind, x, quantized=True, of=x.kind, **options_of(module)
-            )  # fmt: skip
+            return self.write(name, kind, x, quantized=True, of=x.kind, **options_of(module))
         if kind is nn.AvgPool2d:
             if module.divisor_override is not None:
                 raise Refused("average pooling with another divisor than its window")
@@ -178,8 +178,6 @@ class _Writer:
         raise Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
 
     def layer(self, name: str, module: nn.Module, x: _Ref) -> _Ref:
-        if name in self.steps:
-            raise Refused("a layer with weights is called twice; give every call its own layer")
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             raise Refused(f"padding_mode {module.padding_mode!r}; only 'zeros' is quantized")
         options = options_of(module)
