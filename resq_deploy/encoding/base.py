@@ -43,7 +43,10 @@ class Encoding:
         return len(self.levels) == 2 * self.limit + 1
 
     def nearest(self, x: NDArray[Any]) -> Codes:
-        """The level next to real values in units of a code step; ties go down."""
+        """The level next to real values in units of a code step; ties go down.
+
+        (Networks with uniform levels use Brevitas' own rounding, whose ties go to even.)
+        """
         between = (self.levels[1:] + self.levels[:-1]) / 2
         return self.levels[np.searchsorted(between, x, side="left")].astype(np.int8)
 

@@ -1,17 +1,14 @@
 """Encodings that read each byte by itself, from a table, and what they read where one is bad.
 
-A byte is bad when no fault-free memory holds it. How it is read is the policy:
+A byte is bad when no fault-free memory holds it. How it is read is the policy: `zero`; the level
+`nearest` to it; the `mean` of the good bytes of its output channel, rounded half to even; or what
+is `expected`, the mean of the levels that one flip turns into this byte, weighted by how common
+they are: normal, with a standard deviation of limit / 3.
 
-| policy | a bad byte is read as |
-|---|---|
-| `zero` | 0 |
-| `nearest` | the level next to it |
-| `mean` | the mean of the good bytes of its output channel, rounded half to even |
-| `expected` | the mean of the levels that one flip turns into this byte, weighted by how common they are: normal, with a standard deviation of limit / 3 |
-
-`zero` shrinks the weights: flips are noise of mean zero that a wide network averages out, a layer
-that lost a part of its weights is not. `expected` errs the least in the mean square.
-"""  # noqa: E501
+Zero shrinks the weights: flips are noise of mean zero that a wide network averages out, a layer
+that lost a part of its weights is not. What is expected errs the least in the mean square, where
+codes are distributed so and one bit flipped.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ typedef struct {{
     uint32_t elements;     /* in C order of their shape */
     uint32_t bits;         /* of an element: 8; 4, two a byte, low half first; 32, little endian */
     uint32_t crc32;        /* of the bytes */
-    const float *scales;   /* value = element * scale */
+    const float *scales;   /* value = element * scale; of an encoded weight once decoded */
     uint32_t n_scales;     /* 1, or one for each output channel, the first axis */
 }} resq_model_tensor;
 
