@@ -53,7 +53,7 @@ def store_through(model: onnx.ModelProto, tau: str, *, half: bool = False) -> No
             op, bound, inverse = TAUS[tau]
             gain = max(float(np.abs(w).max()), 1e-30) * ROOM / bound
             w = inverse(w / gain)
-            factor = numpy_helper.from_array(np.float32(gain), f"{name}.gain")
+            factor = numpy_helper.from_array(np.array(gain, np.float32), f"{name}.gain")
             model.graph.initializer.append(factor)
             steps += [(op, [], {}), ("Mul", [factor.name], {})]
         stored = np.asarray(w, np.float16 if half else np.float32)
