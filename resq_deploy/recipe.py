@@ -94,7 +94,12 @@ class Model(_Section):
     @model_validator(mode="after")
     def _one_network(self) -> Model:
         own = {"arguments", "mean", "std"}
-        given = self.model_fields_set & ({"image_size", "width"} if self.source else own)
+        # a recipe that was read back from a sidecar names every field, those left alone too
+        given = {
+            name
+            for name in ({"image_size", "width"} if self.source else own)
+            if getattr(self, name) != type(self).model_fields[name].get_default()
+        }
         if (self.net is None) == (self.source is None):
             raise ValueError("give one of net and source")
         if given:

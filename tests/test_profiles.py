@@ -13,7 +13,7 @@ from living import images
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from resq_deploy import evaluate, runtime
+from resq_deploy import evaluate, recipe, runtime
 from resq_deploy.errors import InputError
 from resq_deploy.export import checks
 from resq_deploy.export.qdq import qdq
@@ -96,3 +96,11 @@ def test_what_a_profile_cannot_do_is_refused() -> None:
         quantize(net, profile="po2-tensor")
     with pytest.raises(InputError, match="profile 'po2' is unknown; expected one of float-channel"):
         quantize(net, profile="po2")
+
+
+@pytest.mark.parametrize("name", ["cifar10-resnet20", "digits-resnet8"])
+def test_a_recipe_read_back_from_a_sidecar_is_valid(name: str) -> None:
+    """It names every field, those left at their defaults too; `export` takes its options there."""
+    raw = recipe.load(Path(__file__).parents[1] / f"models/{name}.toml").portable()
+    raw["data"]["calibration"] = ""
+    assert recipe.parse(raw).model.profile == "float-channel"
