@@ -10,16 +10,9 @@ import pytest
 import torch
 
 from resq_deploy import artifacts, data, recipe
-from resq_deploy.adjust import (
-    _Bench,
-    _output_means,
-    adjust,
-    clip,
-    confirm,
-    correct_biases,
-    groups,
-    search,
-)
+from resq_deploy.adjust import _output_means, adjust, confirm, correct_biases
+from resq_deploy.adjust.bench import Bench
+from resq_deploy.adjust.search import clip, groups, ranges, search
 from resq_deploy.errors import InputError
 from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import codes, weight_layers
@@ -58,7 +51,7 @@ def test_clipping_the_weights_is_choosing_a_smaller_scale(fault: Path, ratio: fl
 
 def test_decisions_improve_the_objective_within_the_margin(fault: Path) -> None:
     net, _ = checkpoint.load(fault)
-    bench = _Bench(net, images(), config(rate=0.02), seed=0, name="search")
+    bench = Bench(net, images(), config(rate=0.02), seed=0, name="search")
     start = bench.terms(net)
     decisions = search(net, bench, list(weight_layers(net)))
     assert [d["layer"] for d in decisions] == list(weight_layers(net))
@@ -79,7 +72,7 @@ def test_a_layer_is_left_alone_when_nothing_improves(fault: Path) -> None:
     the network ends at least as good as it began."""
     net, _ = checkpoint.load(fault)
     before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
-    bench = _Bench(net, images(), config(fault_weight=0.0, ratios=(0.01,)), seed=0, name="search")
+    bench = Bench(net, images(), config(fault_weight=0.0, ratios=(0.01,)), seed=0, name="search")
     decisions = search(net, bench, list(weight_layers(net)))
     for d in decisions:
         unchanged = torch.equal(codes(weight_layers(net)[d["layer"]]), before[d["layer"]])
@@ -105,7 +98,7 @@ def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves
     before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
     weights = {n: layer.weight.detach().clone() for n, layer in weight_layers(net).items()}  # type: ignore[union-attr, operator]
     options = {"granularity": "channel", "channel_groups": 2, "ratios": (0.6,), "rate": 0.02}
-    bench = _Bench(net, images(), config(**options), seed=0, name="search")
+    bench = Bench(net, images(), config(**options), seed=0, name="search")
     order = ["fc", "layer3.0.conv1", "conv1"]
     decisions = search(net, bench, order)
     assert [d["layer"] for d in decisions] == [name for name in order for _ in range(2)]
@@ -122,6 +115,32 @@ def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves
             assert d["scale_after"] == pytest.approx(0.6 * d["scale_before"], rel=1e-4)
     for name in set(before) - set(order):
         assert torch.equal(codes(weight_layers(net)[name]), before[name])
+
+
+def test_ranges_of_activations_are_what_their_quantizers_saturate_at(fault: Path) -> None:
+    net, _ = checkpoint.load(fault)
+    found = ranges(net)
+    assert len(found) == 7  # ResNet-8: one behind the stem, two in each of three blocks
+    for name, top in found.items():
+        module = net.get_submodule(name)
+        with torch.no_grad():
+            top.mul_(0.5)
+        out = module(torch.tensor([0.0, 1e6]))
+        assert float(out.value[1]) == pytest.approx(float(top)) and float(out.value[0]) == 0
+
+
+def test_activations_are_searched_after_the_weights(fault: Path) -> None:
+    net, _ = checkpoint.load(fault)
+    before = {name: float(top) for name, top in ranges(net).items()}
+    options = {"activations": True, "ratios": (0.8,), "rate": 0.02}
+    bench = Bench(net, images(), config(**options), seed=0, name="search")
+    decisions = search(net, bench, ["fc"])
+    assert [d["layer"] for d in decisions] == ["fc", *before]
+    for d in decisions[1:]:
+        top = float(ranges(net)[d["layer"]])
+        assert top == pytest.approx(d["ratio"] * before[d["layer"]])
+        assert d["scale_after"] == pytest.approx(top / 255)
+        assert (d["objective_after"] < d["objective_before"]) == (d["ratio"] < 1)
 
 
 def test_bias_correction_restores_the_mean_outputs(fault: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,9 @@ from resq_deploy.train.faults.randbet import RandBET
 from resq_deploy.train.faults.wcat import REFERENCE_STEPS, WCAT
 from resq_deploy.train.loop import fit, weights
 from resq_deploy.train.objectives import CrossEntropy
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = runpy.run_path(str(ROOT / "benchmarks/methods.py"))
 
 FAULT: dict[str, Any] = {"epochs": 1, "lr": 0.01, "start_loss": 9.0}
 ATTACK: dict[str, Any] = {"epochs": 1, "lr": 0.01, "epsilon": 0.1}
@@ -255,6 +259,30 @@ def test_bit_errors_begin_below_the_start_loss_and_then_stay() -> None:
     assert float(now.loss(net, x, y, torch.Generator())) > plain
     now.running = 100.0
     assert float(now.loss(net, x, y, torch.Generator())) > plain
+
+
+# --------------------------------------------------------------------------- the table's rows
+
+
+def test_every_row_of_the_table_is_a_recipe_with_stages_that_exist() -> None:
+    base = recipe.load(ROOT / "models/cifar10-resnet8.toml")
+    rows = BENCH["rows"](None)
+    assert rows[0]["name"] == "baseline" and len({row["name"] for row in rows}) == len(rows)
+    reached = set()
+    for row in rows:
+        made = BENCH["plan"](base, row, 1, images=10)
+        assert (made.attack.epochs, made.fault.epochs, made.prove.images) == (1, 1, 10)
+        assert [s for s in ("attack", "fault", "adjust") if s in row["stages"]] == row["stages"]
+        assert row.keys() - {"name", "about", "stages"} <= set(row["stages"])
+        reached |= {getattr(made, s).method for s in row["stages"] if s != "adjust"}
+    assert reached == set(ATTACKS) | set(FAULTS)
+    with pytest.raises(InputError, match="row 'fautl' is unknown; expected one of baseline, "):
+        BENCH["rows"]("fautl")
+
+
+@given(st.text("01", min_size=1, max_size=50))
+def test_packed_images_of_the_table_survive_a_round_trip(marks: str) -> None:
+    assert "".join(f"{right:.0f}" for right in BENCH["unpack"](BENCH["pack"](marks))) == marks
 
 
 # --------------------------------------------------------------------------- stage 1
