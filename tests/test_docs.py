@@ -18,7 +18,7 @@ from resq_deploy import recipe
 from resq_deploy.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = (".ci", "benchmarks", "calibration", "docs", "models", "resq_deploy", "tests")
+FOLDERS = (".ci", "benchmarks", "calibration", "docs", "examples", "models", "resq_deploy", "tests")
 DOCS = sorted([*ROOT.glob("*.md"), *(p for f in FOLDERS for p in (ROOT / f).rglob("*.md"))])
 
 

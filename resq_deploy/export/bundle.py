@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def embedded(
     }
 
 
+def depfile(target: Path, sources: Sequence[Path]) -> str:
+    """A rule for make and ninja: `target` is made again when a source has changed.
+
+    Paths stand as they are given, relative ones to the folder in which the build runs; blanks, `$`
+    and `#` are escaped as GNU make reads them.
+    """
+    words = [
+        re.sub(r"([ #])", r"\\\1", str(path)).replace("$", "$$") for path in (target, *sources)
+    ]
+    return f"{words[0]}: {' '.join(words[1:])}\n"
+
+
 def finish(files: Mapping[str, bytes], made: dict[str, Any]) -> dict[str, bytes]:
     """All files of the bundle: those given, and the manifest, bill of materials and model card.
 
@@ -88,7 +101,7 @@ def finish(files: Mapping[str, bytes], made: dict[str, Any]) -> dict[str, bytes]
     }
     every = {**files, **papers_}
     sums = {name: digest(content) for name, content in every.items()}
-    manifest = Manifest(**made, files=sums).model_dump(mode="json", exclude_none=True)
+    manifest = Manifest(**made, files=sums).model_dump(mode="json")
     every[MANIFEST] = _json(manifest)
     lines = [f"{digest(every[name])}  {name}\n" for name in sorted(every)]
     return {**every, SUMS: "".join(lines).encode()}
