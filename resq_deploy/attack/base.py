@@ -24,8 +24,8 @@ class Target:
 
     net: nn.Module
     """The twin: the quantized network that the file was exported from. It has gradients."""
-    scores: Callable[[NDArray[Any]], NDArray[Any]]
-    """Images (N, C, H, W), uint8 or pixels in [0, 1], to the file's output (N, n_classes)."""
+    scores: Callable[[Images], NDArray[Any]]
+    """Images (N, C, H, W) to the exported file's output (N, n_classes)."""
     n_classes: int
 
     @classmethod
@@ -33,7 +33,7 @@ class Target:
         """The twin and its file; InputError when the file does not take such images as `x`."""
         session = runtime.session(model, threads=0)
 
-        def scores(images: NDArray[Any]) -> NDArray[Any]:
+        def scores(images: Images) -> NDArray[Any]:
             return runtime.run(session, runtime.adapt(images, session))
 
         return cls(net=net.eval(), scores=scores, n_classes=scores(x[:1]).shape[1])

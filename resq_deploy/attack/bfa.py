@@ -210,7 +210,7 @@ def _sequence(
     masks: Masks = {}
     correct = file.correct([])
     with progress.bar(flips, "flips") as bar:
-        for step in search(net, batch) if flips else ():
+        for step in search(net, batch):
             chosen, masks = step.chosen, step.masks
             sites.append(
                 Site(tensor=f"{chosen.layer}.weight", offset=chosen.offset, bit=chosen.bit)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import evaluate, seeds
@@ -42,6 +43,10 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         np.random.set_state(before)  # noqa: NPY002
+
+
+def _pixels(x: NDArray[np.floating[Any]]) -> Images:
+    return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
 
 
 class _Logits(nn.Module):
@@ -76,7 +81,7 @@ class _Toolbox(Attack):
             for part in self.parts(len(x), epsilon):
                 with _seeded(seeds.integer(seed, *stream, part.start)):
                     found = attack.generate(as_float(x[part]), y[part])
-                result[part] = np.clip(np.rint(found * 255), 0, 255).astype(np.uint8)
+                result[part] = _pixels(found)
         return result
 
 
@@ -143,7 +148,11 @@ class Square(_Toolbox):
 
     def make(self, target: Target, shape: tuple[int, ...], epsilon: float) -> Any:
         file = BlackBoxClassifierNeuralNetwork(
-            target.scores, shape, target.n_classes, channels_first=True, clip_values=PIXELS
+            lambda x: target.scores(_pixels(x)),
+            shape,
+            target.n_classes,
+            channels_first=True,
+            clip_values=PIXELS,
         )
         return SquareAttack(
             file,
