@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -32,8 +32,8 @@ from resq_deploy.nets.steps import (
     Value,
     assemble,
     options_of,
-    step,
 )
+from resq_deploy.nets.writer import Ref, Writer
 
 AFFINE = {
     operator.add: "add", torch.add: "add", operator.iadd: "add", "add": "add", "add_": "add",
@@ -48,93 +48,22 @@ SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softma
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
 
 
-@dataclass(frozen=True)
-class _Ref:
-    """What a node has become: a step, and what is known of its values."""
+class _Converter(Writer):
+    """Goes through the graph once and writes what each node becomes."""
 
-    step: str
-    quantized: bool
-    kind: Kind
-    """Of the quantizer that belongs behind it."""
-
-
-class _Writer:
-    """Goes through the graph once and writes the steps."""
-
-    def __init__(self, graph: fx.GraphModule, normalize: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, graph: Any, normalize: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__({n for n, _ in graph.named_modules()})
         self.graph, self.normalize = graph, normalize
-        self.steps: dict[str, Step] = {}
-        self.weights: dict[str, Tensor] = {}
-        """Of the modules that are not the user's, by name."""
-        self.renamed: dict[str, str] = {}
-        """What modules of the user's that have our names are called instead."""
-        self.refs: dict[fx.Node, _Ref] = {}
-        self.quantizers: dict[str, _Ref] = {}
-        self.taken = {n for n, _ in graph.named_modules()} | {INPUT, OUTPUT}
-
-    # ------------------------------------------------------------------ writing
-
-    def free(self, name: str) -> str:
-        """`name`, or one like it that nothing in the network has."""
-        while name in self.taken:
-            name += "_"
-        self.taken.add(name)
-        return name
-
-    def write(
-        self, name: str, module: type[nn.Module], *reads: _Ref, quantized: bool = False,
-        of: Kind = "signed", **options: Any,
-    ) -> _Ref:  # fmt: skip
-        """One more step, whose values are `of` a kind."""
-        if name in self.steps:
-            raise Refused("a layer with weights is called twice; give every call its own layer")
-        self.steps[name] = step(name, module, [r.step for r in reads], **options)
-        return _Ref(name, quantized, of)
-
-    def quantized(self, ref: _Ref) -> _Ref:
-        """The value behind its quantizer, which all its readers share."""
-        if ref.quantized:
-            return ref
-        if ref.step not in self.quantizers:
-            name = self.free(f"{ref.step}_quant")
-            self.quantizers[ref.step] = self.write(
-                name, Boundary, ref, quantized=True, of=ref.kind, kind=ref.kind, plain=False
-            )
-        return self.quantizers[ref.step]
-
-    def plain(self, ref: _Ref) -> _Ref:
-        """The quantized value for modules that know no QuantTensor."""
-        ref = self.quantized(ref)
-        return replace(self.write(self.free(f"{ref.step}_value"), Value, ref), kind=ref.kind)
-
-    def depthwise(self, name: str, ref: _Ref, scale: Tensor, shift: Tensor | None) -> _Ref:
-        """scale * x + shift per channel, as a 1x1 convolution that runs in integers."""
-        c = len(scale)
-        self.weights[f"{name}.weight"] = scale.reshape(c, 1, 1, 1)
-        if shift is not None:
-            self.weights[f"{name}.bias"] = shift.clone()
-        return self.write(
-            name, nn.Conv2d, self.quantized(ref), in_channels=c, out_channels=c, kernel_size=1,
-            groups=c, bias=shift is not None,
-        )  # fmt: skip
+        self.refs: dict[fx.Node, Ref] = {}
 
     # ------------------------------------------------------------------ modules
 
-    def module(self, node: fx.Node) -> _Ref:
+    def module(self, node: fx.Node) -> Ref:
         target = str(node.target)
         x = self.ref(node.all_input_nodes[0])
         return self.convert(self.name(target), self.graph.get_submodule(target), x, node)
 
-    def name(self, theirs: str) -> str:
-        """What a module, or tensor, of the user's is called: as they do, unless that is ours."""
-        top, dot, rest = theirs.partition(".")
-        if top in (INPUT, OUTPUT):
-            if top not in self.renamed:
-                self.renamed[top] = self.free(f"{top}_")
-            top = self.renamed[top]
-        return top + dot + rest
-
-    def convert(self, name: str, module: nn.Module, x: _Ref, node: fx.Node) -> _Ref:
+    def convert(self, name: str, module: nn.Module, x: Ref, node: fx.Node) -> Ref:
         kind = type(module)
         if kind is nn.Identity:
             return x
@@ -177,7 +106,7 @@ class _Writer:
         known = ", ".join(n for n, (c, _) in MODULES.items() if c.__module__.startswith("torch."))
         raise Refused(f"{kind.__name__} has no quantized form; there is one of {known}")
 
-    def layer(self, name: str, module: nn.Module, x: _Ref) -> _Ref:
+    def layer(self, name: str, module: nn.Module, x: Ref) -> Ref:
         if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             raise Refused(f"padding_mode {module.padding_mode!r}; only 'zeros' is quantized")
         options = options_of(module)
@@ -188,7 +117,7 @@ class _Writer:
             options["padding"] = left_right_top_bottom[::-2]
         return self.write(name, type(module), self.quantized(x), **options)
 
-    def norm(self, name: str, module: nn.BatchNorm2d, x: _Ref, node: fx.Node) -> _Ref:
+    def norm(self, name: str, module: nn.BatchNorm2d, x: Ref, node: fx.Node) -> Ref:
         if not module.track_running_stats:
             raise Refused("batch norm without running statistics cannot be folded")
         partner = "Conv2d" if isinstance(module, nn.BatchNorm2d) else "Linear"
@@ -202,11 +131,11 @@ class _Writer:
 
     # ------------------------------------------------------------------ pooling and shapes
 
-    def average(self, name: str, x: _Ref, **options: Any) -> _Ref:
+    def average(self, name: str, x: Ref, **options: Any) -> Ref:
         x = self.plain(x)
         return self.write(name, nn.AvgPool2d, x, of=x.kind, **options)
 
-    def adaptive(self, name: str, x: _Ref, node: fx.Node) -> _Ref:
+    def adaptive(self, name: str, x: Ref, node: fx.Node) -> Ref:
         """Adaptive average pooling, as a pooling with a fixed window."""
         old, new = shape_of(node.all_input_nodes[0])[2:], shape_of(node)[2:]
         if old == new:
@@ -219,7 +148,7 @@ class _Writer:
         window = (old[0] // new[0], old[1] // new[1])
         return self.average(name, x, kernel_size=window)
 
-    def flatten(self, node: fx.Node, x: _Ref) -> _Ref:
+    def flatten(self, node: fx.Node, x: Ref) -> Ref:
         """Everything that makes (N, C, H, W) to (N, C * H * W), however it was written; and back
         to (N, C, 1, 1)."""
         old, new = shape_of(node.all_input_nodes[0]), shape_of(node)
@@ -235,14 +164,14 @@ class _Writer:
         name = self.free(f"{x.step}_flat")
         return self.write(name, nn.Flatten, x, quantized=x.quantized, of=x.kind)
 
-    def softmax(self, node: fx.Node, x: _Ref) -> _Ref:
+    def softmax(self, node: fx.Node, x: Ref) -> Ref:
         if [user.op for user in node.users] != ["output"]:
             raise Refused("softmax inside of a network")
         return x  # the file gives logits
 
     # ------------------------------------------------------------------ functions
 
-    def function(self, node: fx.Node) -> _Ref:
+    def function(self, node: fx.Node) -> Ref:
         target: Any = node.target
         tensors = [a for a in node.args if isinstance(a, fx.Node) and a in self.refs]
         if target in AFFINE and len(tensors) == 2:
@@ -262,7 +191,7 @@ class _Writer:
             return self.softmax(node, self.ref(node.all_input_nodes[0]))
         raise Refused("it has no quantized form")
 
-    def binary(self, node: fx.Node, kind: str, a: _Ref, b: _Ref) -> _Ref:
+    def binary(self, node: fx.Node, kind: str, a: Ref, b: Ref) -> Ref:
         if kind not in ("add", "mul"):
             raise Refused("only sums and products of two tensors are quantized")
         if kind == "add" and len({shape_of(n) for n in node.all_input_nodes}) > 1:
@@ -275,7 +204,7 @@ class _Writer:
         flags = {"skip_is_quantized": True, "main_is_quantized": True}
         return self.write(name, Add, a, b, of=signed, **flags)
 
-    def affine(self, node: fx.Node, kind: str) -> _Ref:
+    def affine(self, node: fx.Node, kind: str) -> Ref:
         """Sums and products with constants, such as the normalization of pixels."""
         first, second = node.args[:2]
         flipped = not (isinstance(first, fx.Node) and first in self.refs)
@@ -312,7 +241,7 @@ class _Writer:
             raise Refused("only constants with one value per channel are quantized")
         return per_channel[:, 0].clone()
 
-    def concat(self, node: fx.Node) -> _Ref:
+    def concat(self, node: fx.Node) -> Ref:
         parts = cast(Iterable[fx.Node], node.kwargs.get("tensors", node.args[0]))
         dim = int(cast(int, node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)))
         dim %= len(shape_of(node))
@@ -322,7 +251,7 @@ class _Writer:
         signed: Kind = "signed" if any(r.kind == "signed" for r in reads) else "unsigned"
         return self.write(self.free(node.name), Concat, *reads, of=signed, dim=dim)
 
-    def mean(self, node: fx.Node) -> _Ref:
+    def mean(self, node: fx.Node) -> Ref:
         x = node.all_input_nodes[0]
         if len(shape_of(x)) != 4 or shape_of(node) not in (
             shape_of(x)[:2],
@@ -339,7 +268,7 @@ class _Writer:
 
     # ------------------------------------------------------------------ the graph
 
-    def ref(self, node: fx.Node) -> _Ref:
+    def ref(self, node: fx.Node) -> Ref:
         """What a node has become, for one of its readers."""
         if node not in self.refs:
             raise Refused(f"it reads {node.name!r}, which is not made from the images")
@@ -347,7 +276,7 @@ class _Writer:
         # A layer whose sums two readers quantize, each its way, would stay in float.
         return self.refs[node] if len(readers) < 2 else self.quantized(self.refs[node])
 
-    def convert_node(self, node: fx.Node) -> _Ref | None:
+    def convert_node(self, node: fx.Node) -> Ref | None:
         if node.op == "placeholder":
             if self.refs:
                 raise Refused("a network with one input, the images, expected")
@@ -417,7 +346,7 @@ def trace(
     training = net.training
     graph = standard_form(net.eval(), shape)
     net.train(training)
-    writer = _Writer(graph, normalize)
+    writer = _Converter(graph, normalize)
     writer.run()
     steps = list(writer.steps.values())
     traced = assemble(steps)
