@@ -657,6 +657,7 @@ def adjust(
     "--encoding", metavar="NAME",
     help="Store the weights so, their codes rounded to its levels. [as the checkpoint was trained]",
 )  # fmt: skip
+@click.option("--weights", type=click.Choice(["int8", "int4"]), help="[as the recipe says]")
 @click.option("--tflite", is_flag=True, help="Fail where model.tflite cannot hold the network.")
 @out_folder
 @click.option("--depfile", type=OUT_PATH, metavar="FILE", help="Write a rule for make and ninja.")
@@ -666,6 +667,7 @@ def export(
     recipe: Path | None,
     root: Path | None,
     encoding: str | None,
+    weights: str | None,
     tflite: bool,
     out: Path,
     depfile: Path | None,
@@ -677,7 +679,8 @@ def export(
     from resq_deploy.export import bundle
 
     loaded = _recipe_of(checkpoint, recipe, root)
-    config = loaded.export.model_copy(update={"tflite": "required"} if tflite else {})
+    given = ({"tflite": "required"} if tflite else {}) | ({"weights": weights} if weights else {})
+    config = loaded.export.model_copy(update=given)
     images = data.of(loaded.data).test
     model = stage.export(checkpoint, out=out, images=images, config=config, encoding=encoding)
     manifest = artifacts.read_json(model.parent / stage.MANIFEST)

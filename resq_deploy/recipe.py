@@ -253,6 +253,9 @@ class Export(_Section):
     opset: Annotated[int, Field(ge=13, le=20)] = Field(19, description="ONNX opset")
     ir_version: Annotated[int, Field(ge=8, le=13)] = Field(10, description="ONNX IR version")
     parity_images: Positive = Field(1000, description="test images of the parity proof")
+    weights: Literal["int8", "int4"] = Field(
+        "int8", description="how the QDQ file stores a weight: a code per byte, or two"
+    )
     tflite: Literal["where-possible", "required"] = Field(
         "where-possible",
         description="whether a network that TFLite cannot hold is exported without model.tflite",

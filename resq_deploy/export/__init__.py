@@ -18,6 +18,7 @@ from resq_deploy.errors import InputError
 from resq_deploy.export import bundle, c_decoder, checks, decoders, golden
 from resq_deploy.export.bundle import MANIFEST
 from resq_deploy.export.manifest import hardening
+from resq_deploy.export.packed import pack
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.export.tflite import Unsupported, tflite
@@ -26,6 +27,10 @@ from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
 from resq_deploy.recipe import Export
 
 QDQ, QONNX, TFLITE = "model.qdq.onnx", "model.qonnx.onnx", "model.tflite"
+STORAGE = {
+    "int8": "one int8 code per byte, two's complement",
+    "int4": "two int4 codes per byte, low nibble first, two's complement",
+}
 
 
 def output_step(net: nn.Module) -> float:
@@ -142,6 +147,9 @@ def export(
     checks.structure(files[QDQ], weights, stored)
     checks.same_kernels(files[QDQ].SerializeToString(), kernels)
     lite, why_not = _tflite(files[QDQ], config)
+    if config.weights == "int4":
+        pack(files[QDQ], [f"{name}.weight" for name in weights])
+        checks.same_kernels(files[QDQ].SerializeToString(), kernels)
     written = {name: model.SerializeToString() for name, model in files.items()} | lite
     mapped, image = memory_map.of(
         files[QDQ], name=QDQ, sha256=bundle.digest(written[QDQ]), encoding=stored.name
@@ -159,8 +167,8 @@ def export(
         "recipe_sha256": artifacts.digest(facts["recipe"]),
         "hardening": hardening(facts["stage"], facts["recipe"]),
         "profile": profile,
-        "opset": config.opset,
-        "ir_version": config.ir_version,
+        "opset": files[QDQ].opset_import[0].version,
+        "ir_version": files[QDQ].ir_version,
         "kernels": kernels,
         "parity": _parity(net, outputs),
         "accuracy": {
@@ -168,12 +176,14 @@ def export(
             "n_total": len(proof),
         },
         "weights": {
-            "n_bytes": int(sum(w.size for w in weights.values())),
+            "n_bytes": sum(t.bytes for t in mapped.tensors if t.target == "weight"),
             "code_min": int(min(np.min(w) for w in weights.values())),
             "code_max": int(max(np.max(w) for w in weights.values())),
-            "storage": "one int8 code per byte, two's complement",
+            "storage": STORAGE[config.weights],
             "encoding": stored.name,
-            "n_unprotected_bytes": sum(stored.unprotected(w.size) for w in weights.values()),
+            "n_unprotected_bytes": sum(
+                stored.unprotected(t.bytes) for t in mapped.tensors if t.target == "weight"
+            ),
         },
         "tflite": {"written": bool(lite), "reason": why_not},
         "memory": {
