@@ -90,7 +90,7 @@ class Stop(Exception):
 
 
 SMALL: dict[str, Any] = {
-    "data": {"validation": 0.8},
+    "data": {"validation": 0.9},
     "model": {"width": 0.5},
     "float": {"epochs": 0},
     "baseline": {"epochs": 0},
@@ -168,7 +168,7 @@ class TestContract:
         stage, fields = METHODS[name]
         keeps = fields.get("keeps")
         changes: dict[str, Any] = {stage: {k: v for k, v in fields.items() if k != "keeps"}}
-        changes[stage] |= {"epochs": 1, "batch": 100}
+        changes[stage] |= {"epochs": 1, "batch": 40}
         if stage == "fault":
             changes["fault"]["keep_attack"] = keeps is not None
             changes["attack"] = {"method": keeps or "feature-consistency"}
