@@ -7,6 +7,7 @@ their front ends choke on its Quant node.
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import numpy as np
 import onnx
@@ -84,7 +85,7 @@ def qonnx(
         _round_to_levels(model.graph, encoding_of(net))
     model = finish(model, ir_version=ir_version)
     with quiet():
-        return ModelWrapper(model).transform(InferShapes()).model
+        return cast(onnx.ModelProto, ModelWrapper(model).transform(InferShapes()).model)
 
 
 def execute(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
