@@ -153,7 +153,7 @@ class TestTraced:
         ("DenseNet", 5, 1),  # 3, and one for the batch norm of each concatenation
         ("PreActivated", 5, 0),  # 4, and one for the batch norm behind the shortcut
         ("SqueezeExcitation", 2, 3),  # 1, and one for the constants in front
-        ("TwoReaders", 1, 1),
+        ("TwoReaders", 2, 1),  # 1, and one for the factor in front of ReLU6
     ],
 )
 def test_what_people_write_computes_in_integers(name: str, convolutions: int, linear: int) -> None:

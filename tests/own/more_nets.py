@@ -78,4 +78,4 @@ class TwoReaders(nn.Module):
     def forward(self, x):
         y = self.conv(x)
         y = torch.relu(self.relu(y) + y)
-        return self.fc(self.relu_1(self.relu(y)).reshape(x.shape[0], -1))
+        return self.fc(self.relu_1(self.relu(20 * y)).reshape(x.shape[0], -1))
