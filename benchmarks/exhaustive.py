@@ -110,8 +110,12 @@ def sampled(path: Path, confidence: float) -> list[str]:
 @click.argument("campaign", type=click.Path(path_type=Path))
 @click.option("--confidence", default=0.95, show_default=True)
 @click.option("--other", type=click.Path(path_type=Path), help="Store of a sampled campaign.")
+@click.option("--processor-minutes", type=float, help="As `time` said, where more was running.")
 @click.option("--write", type=click.Path(path_type=Path), help="Folder of the page.")
-def main(campaign: Path, confidence: float, other: Path | None, write: Path | None) -> None:
+def main(
+    campaign: Path, confidence: float, other: Path | None, processor_minutes: float | None,
+    write: Path | None,
+) -> None:  # fmt: skip
     """Map and coverage of a finished exhaustive CAMPAIGN."""
     header, outcomes, seconds = known(campaign)
     space = Space.from_json(header.space)
@@ -124,6 +128,12 @@ def main(campaign: Path, confidence: float, other: Path | None, write: Path | No
          *(f"{100 * hit[i, b] / total[i, b]:.2f} %" for b in range(8))]
         for i, name in enumerate(names)
     ]  # fmt: skip
+    shared = ""
+    if processor_minutes is not None:
+        shared = (
+            f" (other work ran beside it: the campaign took {processor_minutes:.0f} minutes of "
+            f"processor time, {processor_minutes / 2:.0f} for each of its two processes)"
+        )
     versions = ", ".join(f"{k} {v}" for k, v in header.versions.items())
     lines = [
         "# Every bit of a ResNet-8",
@@ -134,7 +144,7 @@ def main(campaign: Path, confidence: float, other: Path | None, write: Path | No
         f"exported int8 baseline of models/cifar10-resnet8.toml, {header.n_images} CIFAR-10 test "
         f"images each, {header.engine} engine: {seconds / 60:.0f} minutes on "
         f"{os.cpu_count()} cores of {header.cpu['name']}, {space.n_bits / seconds:.0f} faults a "
-        f"second; {versions}. Without faults {header.golden.n_correct} of "
+        f"second{shared}; {versions}. Without faults {header.golden.n_correct} of "
         f"{header.golden.n_total} images are right. A flip counts as SDC when it changes the "
         f"top-1 of at least one image: {100 * rate:.3f} % of all flips do (all bits were tried: "
         "the rate has no sampling error for these images).",
