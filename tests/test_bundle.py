@@ -30,7 +30,17 @@ from resq_deploy import artifacts, encoding, memory_map, quantize, recipe, runti
 from resq_deploy.cli import main
 from resq_deploy.data import load_test
 from resq_deploy.errors import InputError
-from resq_deploy.export import QDQ, QONNX, bundle, c_arrays, decoders, export, golden, manifest
+from resq_deploy.export import (
+    QDQ,
+    QONNX,
+    bundle,
+    c_arrays,
+    c_decoder,
+    decoders,
+    export,
+    golden,
+    manifest,
+)
 from resq_deploy.nets import build, checkpoint
 from resq_deploy.nets.quantized import calibrate, codes, weight_layers
 from resq_deploy.nets.quantized import quantize as quantized
@@ -332,6 +342,38 @@ def test_the_c_quantizer_is_ours(
     with np.errstate(over="ignore", invalid="ignore"):
         expected = quantize.quantize(x, np.float32(scale), zero, dtype=np.uint8)
     assert library.resq_quantize(value, scale, zero) == expected[0]
+
+
+@pytest.mark.parametrize("name", ["parity:mean", "secded"])
+def test_the_replay_goes_through_the_decoder(
+    out: Path, model: onnx.ModelProto, tmp_path: Path, name: str
+) -> None:
+    """With the golden vectors of the plain bundle: they say nothing of weights."""
+    how, encoded = encoding.parse(name), onnx.ModelProto()
+    encoded.CopyFrom(model)
+    levels = {
+        t.name: how.nearest(numpy_helper.to_array(t) / 2)
+        for t in model.graph.initializer
+        if t.name.endswith(".weight")
+    }
+    decoders.attach(encoded, how, levels)
+    mapped, image = memory_map.of(encoded, name="m", sha256="", encoding=name)
+    for path in out.glob("*.[ch]"):
+        shutil.copy(path, tmp_path)
+    for file, content in (c_arrays.weights(mapped, image) | c_decoder.sources(how)).items():
+        (tmp_path / file).write_bytes(content)
+    flags = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-o", tmp_path / "replay"]
+
+    def replay() -> subprocess.CompletedProcess[str]:
+        done = run("cc", *tmp_path.glob("*.c"), *flags, "-lm")
+        assert done.returncode == 0, done.stderr
+        return run(tmp_path / "replay")
+
+    assert replay().returncode == 0
+    source = (tmp_path / "weights.c").read_text()
+    wanted = f"0x{c_arrays._codes_crc32(mapped.tensors[0], image, how):08x}u"
+    (tmp_path / "weights.c").write_text(source.replace(wanted, "0x00000000u"))
+    assert "FAILED: decoded codes of tensor (0)" in replay().stdout
 
 
 def test_names_become_distinct_c_identifiers() -> None:

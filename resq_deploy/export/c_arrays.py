@@ -7,14 +7,17 @@ the order and the gaps of the memory map, in a section of its own.
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from resq_deploy import encoding
+from resq_deploy.encoding import Encoding
 from resq_deploy.export.golden import Golden
-from resq_deploy.memory_map import MemoryMap
+from resq_deploy.memory_map import MemoryMap, Stored
 
 COLUMNS = 16
 """Numbers on a line."""
@@ -31,6 +34,8 @@ WEIGHTS_H = """\
 #define RESQ_MODEL_CRC32 0x{crc:08x}u
 #define RESQ_MODEL_ALIGNMENT {alignment} /* bytes; of the array and of every tensor */
 #define RESQ_MODEL_N_TENSORS {n}u
+#define RESQ_MODEL_MOST_ELEMENTS {most}u /* of a tensor */
+#define RESQ_MODEL_ENCODED {encoded} /* 1: read 8-bit weights through decode.h ({encoding}) */
 
 /* The section of the array: -DRESQ_MODEL_SECTION='".flash.model"'. Where a compiler needs other
    words for it, define RESQ_MODEL_PLACE as a whole. */
@@ -53,8 +58,10 @@ typedef struct {{
     uint32_t elements;     /* in C order of their shape */
     uint32_t bits;         /* of an element: 8; 4, two a byte, low half first; 32, little endian */
     uint32_t crc32;        /* of the bytes */
+    uint32_t codes_crc32;  /* of the codes, decoded where the weights are encoded */
+    uint32_t channels;     /* length of the first axis */
     const float *scales;   /* value = element * scale; of an encoded weight once decoded */
-    uint32_t n_scales;     /* 1, or one for each output channel, the first axis */
+    uint32_t n_scales;     /* 1, or one for each channel */
 }} resq_model_tensor;
 
 extern const uint8_t resq_model_weights[RESQ_MODEL_BYTES];
@@ -170,6 +177,14 @@ def _identifiers(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
+def _codes_crc32(tensor: Stored, image: bytes, how: Encoding) -> int:
+    """CRC-32 of what is read of a tensor."""
+    if tensor.target != "weight" or tensor.bits != 8:
+        return tensor.crc32
+    stored = np.frombuffer(image, np.int8, tensor.elements, tensor.address)
+    return zlib.crc32(how.decode(stored.reshape(tensor.shape)).tobytes())
+
+
 def weights(mapped: MemoryMap, image: bytes) -> dict[str, bytes]:
     """`weights.h` and `weights.c` of a memory map and its `weights.bin`."""
     names = _identifiers(tensor.name for tensor in mapped.tensors)
@@ -180,15 +195,20 @@ def weights(mapped: MemoryMap, image: bytes) -> dict[str, bytes]:
         crc=mapped.crc32,
         alignment=mapped.alignment,
         n=len(mapped.tensors),
+        encoded=int(mapped.encoding != "plain"),
+        encoding=mapped.encoding,
+        most=max(tensor.elements for tensor in mapped.tensors),
         indices=",\n".join(f"    {name} = {i}" for i, name in enumerate(names)),
     )
+    how = encoding.parse(mapped.encoding)
     scales, rows = [], []
     for i, tensor in enumerate(mapped.tensors):
         values = lines([real(value) for value in tensor.scale])
         scales.append(f"static const float scales_{i}[{len(tensor.scale)}] = {{\n{values}\n}};")
         rows.append(
             f'    {{"{tensor.name}", {tensor.address}u, {tensor.bytes}u, {tensor.elements}u, '
-            f"{tensor.bits}u, 0x{tensor.crc32:08x}u, scales_{i}, {len(tensor.scale)}u}}"
+            f"{tensor.bits}u, 0x{tensor.crc32:08x}u, 0x{_codes_crc32(tensor, image, how):08x}u, "
+            f"{tensor.shape[0]}u, scales_{i}, {len(tensor.scale)}u}}"
         )
     source = WEIGHTS_C.format(
         data=lines([str(byte) for byte in image]),

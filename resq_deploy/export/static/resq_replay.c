@@ -1,11 +1,18 @@
-/* Replays the golden vectors through the memory map, on the host or on the device: the array is
-   intact, the map is consistent, and this compiler and processor round as the model needs it.
+/* Replays the golden vectors through the memory map, and through the decoder where weights are
+   encoded, on the host or on the device: the array is intact, the map is consistent, and this
+   compiler and processor round as the model needs it.
    Exit code 0 when everything holds, else 1. */
 #include <stdio.h>
 
 #include "golden.h"
 #include "resq_check.h"
 #include "weights.h"
+
+#if RESQ_MODEL_ENCODED
+#include "decode.h"
+
+static int8_t codes[RESQ_MODEL_MOST_ELEMENTS];
+#endif
 
 static int failures = 0;
 
@@ -28,6 +35,14 @@ static void check_memory_map(void)
         for (uint32_t gap = end; gap < tensor->offset; gap++) {
             expect(resq_model_weights[gap] == 0u, "fill before tensor", i);
         }
+#if RESQ_MODEL_ENCODED
+        if (tensor->bits == 8u) {
+            resq_model_decode(codes, &resq_model_weights[tensor->offset], tensor->elements,
+                              tensor->channels);
+            expect(resq_crc32((const uint8_t *)codes, tensor->elements) == tensor->codes_crc32,
+                   "decoded codes of tensor", i);
+        }
+#endif
         end = tensor->offset + tensor->bytes;
         expect(end <= RESQ_MODEL_BYTES, "end of tensor", i);
     }
