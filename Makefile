@@ -1,4 +1,4 @@
-# make demo | test | test-all | check | wheel | clean. Needs make and Python 3.11 or newer;
+# make demo | test | test-all | check | wheel | clean. Needs make, a C compiler and Python 3.11 or newer;
 # everything else is installed into .venv, in the versions of constraints.txt.
 PYTHON ?= python3
 RECIPE ?= models/digits-resnet8.toml
