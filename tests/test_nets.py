@@ -143,9 +143,12 @@ class TestNet:
         assert error < 0.1
 
     @pytest.mark.parametrize("bits", [8, 4])
-    def test_codes_are_those_of_quantize(self, name: str, bits: int) -> None:
+    def test_codes_are_those_of_quantize(
+        self, name: str, bits: int, int8: Callable[[str], nn.Module]
+    ) -> None:
         """Brevitas' integer weights equal our definition, code by code."""
-        for layer in weight_layers(to_int8(trained_like(name), weight_bits=bits)).values():
+        net = int8(name) if bits == 8 else to_int8(trained_like(name), weight_bits=bits)
+        for layer in weight_layers(net).values():
             w = layer.weight.detach().numpy()  # type: ignore[union-attr, operator]
             top = 2 ** (bits - 1) - 1
             scale = quantize.weight_scale(w * np.float32(127 / top)) if bits == 4 else (
@@ -160,10 +163,10 @@ class TestNet:
         additions = [m for m in int8(name).modules() if isinstance(m, QuantAdd)]
         assert len(additions) == COUNTS[name][2]
 
-    def test_a_training_step_moves_every_weight(self, name: str) -> None:
-        net = to_int8(trained_like(name))
-        calibrate(net, X)
-        net.train()
+    def test_a_training_step_moves_every_weight(
+        self, name: str, int8: Callable[[str], nn.Module]
+    ) -> None:
+        net = copy.deepcopy(int8(name)).train()
         loss = nn.functional.cross_entropy(value(net(X)), torch.arange(16) % 7)
         loss.backward()
         for n, layer in weight_layers(net).items():
@@ -204,11 +207,10 @@ class TestNet:
         checks.structure(model, {n: codes(m).numpy() for n, m in weight_layers(int8(name)).items()})
 
     def test_a_campaign_can_hit_every_weight(
-        self, name: str, file: Callable[[str], onnx.ModelProto]
+        self, name: str, int8: Callable[[str], nn.Module], file: Callable[[str], onnx.ModelProto]
     ) -> None:
         stored = {t.name for t in space.discover(file(name)).space.tensors}
-        layers = weight_layers(to_int8(build(name, **SMALL)))
-        assert stored == {f"{n}.weight" for n in layers}
+        assert stored == {f"{n}.weight" for n in weight_layers(int8(name))}
 
 
 @pytest.mark.parametrize(
