@@ -181,7 +181,7 @@ def test_logits_of_the_attacked_twin_never_tie(trained: Trained) -> None:
 
     net, x = trained.net, evaluate.tensor(trained.test.x[:3])
     before = value(net(x)).double()
-    assert (_Logits(net, 10)(x) - before).abs().max() <= 1e-6
+    assert (_Logits(net, 10)(x) - before).abs().max() <= 1.1e-6
     with torch.no_grad():
         layer = weight_layers(net)["fc"]
         layer.weight.zero_()  # type: ignore[union-attr, operator]
