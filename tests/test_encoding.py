@@ -123,6 +123,7 @@ def test_guard_sees_each_flip_of_the_two_top_bits_and_passes_both(code: int, low
 @settings(deadline=None)
 def test_parity_sees_every_odd_number_of_flips_and_passes_even_ones(data: st.DataObject) -> None:
     kind = encoding.parse("parity:zero")
+    assert not any((level & 255).bit_count() % 2 for level in kind.levels.tolist())
     code = data.draw(st.sampled_from(kind.levels[kind.levels != 0].tolist()))
     hit = data.draw(st.sets(st.integers(0, 7)))
     stored = np.array([code], np.int8)
