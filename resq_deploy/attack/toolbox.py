@@ -46,7 +46,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _pixels(x: NDArray[np.floating[Any]]) -> Images:
-    return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
+    pixels: Images = np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)
+    return pixels
 
 
 class _Logits(nn.Module):
