@@ -272,6 +272,18 @@ def test_the_table_of_roundings_has_ties_and_saturation_and_is_what_onnx_does(
     assert np.count_nonzero((np.rint(steps) + zero).astype(np.int64) % 256 != code) > 10
 
 
+def test_quantizers_of_constants_do_not_count(model: onnx.ModelProto) -> None:
+    """Such as the position bias of an attention layer: no image changes what happens there."""
+    more = onnx.ModelProto()
+    more.CopyFrom(model)
+    more.graph.initializer.append(numpy_helper.from_array(np.ones(5, np.float32), "constant"))
+    first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    more.graph.node.append(
+        helper.make_node("QuantizeLinear", ["constant", *first.input[1:]], ["constant.codes"])
+    )
+    assert golden._quantizers(more) == golden._quantizers(model)
+
+
 def test_images_are_chosen_for_what_they_cause() -> None:
     nothing, first, both = [[0, 0, 0]] * 2, [[1, 0, 0], [0, 0, 0]], [[1, 0, 0], [0, 0, 1]]
     provoked = np.array([nothing, first, nothing, both], bool)

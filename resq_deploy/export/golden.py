@@ -128,9 +128,14 @@ class _Quantizer:
 
 
 def _quantizers(model: onnx.ModelProto) -> list[_Quantizer]:
+    """Those of values that depend on the image, in the order of the graph."""
     stored = {t.name: t for t in model.graph.initializer}
+    reached = {value.name for value in model.graph.input}
     found = []
     for node in model.graph.node:
+        if reached.isdisjoint(node.input):
+            continue
+        reached.update(node.output)
         if node.op_type == "QuantizeLinear":
             scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
             if zero.dtype != np.uint8 or scale.size != 1:
