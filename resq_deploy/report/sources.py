@@ -239,6 +239,7 @@ def load(folder: Path) -> Run:
         raise InputError(f"{folder} is not a folder; a run directory of `resq-deploy run` expected")
     missing: list[str] = []
     warnings: list[str] = []
+    left_out: set[str] = set()
 
     def present(name: str) -> Path | None:
         if (folder / name).is_file():
