@@ -12,15 +12,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
-from resq_deploy import artifacts, quantize, recipe, runtime, store
+from resq_deploy import artifacts, memory_map, quantize, recipe, runtime, store
 from resq_deploy.adjust import Terms, _output_means, search
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.export import checks, output_step
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
+from resq_deploy.export.tflite import Unsupported, tflite
 from resq_deploy.inject import inject, space
 from resq_deploy.nets import NETS, build, checkpoint, names
 from resq_deploy.nets.quantized import (
@@ -58,6 +60,8 @@ FLOAT = {"swin_tiny": {"LayerNormalization", "Gelu", "Softmax", "ReduceMean"}, "
 # that noise is large the limits of DESIGN do not hold; then this many steps are still allowed.
 DEEP = ("mobilenetv2", "efficientnet_b0", "swin_tiny")
 STEPS = dict.fromkeys(DEEP, 8)
+WITHOUT_TFLITE = {"efficientnet_b0": "Sigmoid", "swin_tiny": "LayerNormalization"}
+"""Networks that have no TFLite form here, and the operator that is named."""
 
 
 @functools.cache
@@ -237,6 +241,34 @@ class TestFile:
     ) -> None:
         again = qdq(copy.deepcopy(int8(name)), (3, 32, 32), **OPTIONS)
         assert again.SerializeToString() == file(name).SerializeToString()
+
+    def test_every_format_holds_the_same_codes(
+        self, name: str, int8: Callable[[str], nn.Module], file: Callable[[str], onnx.ModelProto]
+    ) -> None:
+        expected = {f"{n}.weight": codes(m).numpy() for n, m in weight_layers(int8(name)).items()}
+        mapped, image = memory_map.of(file(name), name="model.qdq.onnx", sha256="")
+        stored = {
+            t.name: np.frombuffer(image, np.int8, t.bytes, t.address).reshape(t.shape)
+            for t in mapped.tensors
+            if t.target == "weight"
+        }
+        assert stored.keys() == expected.keys()
+        for weight, found in stored.items():
+            assert np.array_equal(found, expected[weight]), weight
+        graph = qonnx(int8(name), (3, 32, 32), **OPTIONS).graph
+        values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+        quants = [n for n in graph.node if n.op_type == "Quant" and n.input[0] in values]
+        theirs = [np.rint(values[n.input[0]] / values[n.input[1]]) for n in quants]
+        assert len(theirs) == len(expected)
+        for weight, wanted in expected.items():
+            assert any(np.array_equal(t, wanted) or np.array_equal(t.T, wanted) for t in theirs), (
+                weight
+            )
+        if name in WITHOUT_TFLITE:
+            with pytest.raises(Unsupported, match=WITHOUT_TFLITE[name]):
+                tflite(file(name))
+        else:
+            checks.tflite_codes(tflite(file(name)), file(name))
 
     def test_torch_onnxruntime_and_qonnx_agree(
         self, name: str, int8: Callable[[str], nn.Module], file: Callable[[str], onnx.ModelProto]
