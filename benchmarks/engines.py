@@ -318,6 +318,8 @@ def against_torch(bench: Bench, trials: int) -> list[list[Any]]:
         name = site.tensor.removesuffix(".weight")
         if name in convs and site.tensor in change and len(pairs) < trials:
             pairs.append((name, site, change))
+    if not pairs:  # no convolution was struck: PyTorchFI knows only those
+        return []
     weights = dict(sub.net.named_parameters())
     seconds: dict[str, list[float]] = defaultdict(list)
     torch.set_num_threads(1)
@@ -386,7 +388,10 @@ def peak_memory(sub: Subject, root: Path | None, budget: str) -> list[list[Any]]
 
 
 def workers(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
-    """Faults per second (wall clock) of campaigns with one worker process and with two."""
+    """Faults per second (wall clock) of campaigns with one worker process and with two.
+
+    Starting the workers, some seconds, is in it.
+    """
     rows: list[list[Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.onnx"
@@ -474,7 +479,7 @@ def main(
         if name in ("resnet8", "resnet18"):
             add["By images and faults"](growth(sub, test, max(20, trials // 4)))
         if name == "resnet8":
-            add["By workers"](workers(sub, test.first(500), 10 * trials))
+            add["By workers"](workers(sub, test.first(500), 20 * trials))
             add["Peak memory"](peak_memory(sub, root, budget))
         del bench
         text = page({k: v for k, v in tables.items() if v[1]})
