@@ -172,11 +172,11 @@ def test_the_codes_are_those_of_the_network(work: Path, out: Path, model: onnx.M
         assert np.array_equal(found[name], values)
 
 
-@pytest.mark.parametrize("name", ["parity:expected", "secded"])
-def test_the_map_of_encoded_weights_is_that_of_what_is_stored(
-    model: onnx.ModelProto, name: str
-) -> None:
-    how, encoded = encoding.parse(name), onnx.ModelProto()
+def attached(
+    model: onnx.ModelProto, how: encoding.Encoding
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """`model` with its weights at half their size stored in an encoding, and their levels."""
+    encoded = onnx.ModelProto()
     encoded.CopyFrom(model)
     levels = {
         t.name: how.nearest(numpy_helper.to_array(t) / 2)
@@ -184,6 +184,15 @@ def test_the_map_of_encoded_weights_is_that_of_what_is_stored(
         if t.name.endswith(".weight")
     }
     decoders.attach(encoded, how, levels)
+    return encoded, levels
+
+
+@pytest.mark.parametrize("name", ["parity:expected", "secded"])
+def test_the_map_of_encoded_weights_is_that_of_what_is_stored(
+    model: onnx.ModelProto, name: str
+) -> None:
+    how = encoding.parse(name)
+    encoded, levels = attached(model, how)
     mapped, image = memory_map.of(encoded, name="m", sha256="", encoding=name)
     plain, _ = memory_map.of(model, name="m", sha256="")
     assert mapped.encoding == name and len(mapped.tensors) == len(plain.tensors)
@@ -361,14 +370,8 @@ def test_the_replay_goes_through_the_decoder(
     out: Path, model: onnx.ModelProto, tmp_path: Path, name: str
 ) -> None:
     """With the golden vectors of the plain bundle: they say nothing of weights."""
-    how, encoded = encoding.parse(name), onnx.ModelProto()
-    encoded.CopyFrom(model)
-    levels = {
-        t.name: how.nearest(numpy_helper.to_array(t) / 2)
-        for t in model.graph.initializer
-        if t.name.endswith(".weight")
-    }
-    decoders.attach(encoded, how, levels)
+    how = encoding.parse(name)
+    encoded, _ = attached(model, how)
     mapped, image = memory_map.of(encoded, name="m", sha256="", encoding=name)
     for path in out.glob("*.[ch]"):
         shutil.copy(path, tmp_path)

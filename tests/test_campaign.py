@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -93,6 +95,23 @@ def test_workers_shards_and_resume_give_the_same_trials(
     for found in (two, results(shards), results([tmp_path / "merged"])):
         found = {**found, "seconds": one["seconds"]}
         assert json.dumps(found) == json.dumps(one)
+
+
+def test_workers_that_cannot_start_end_the_campaign(tmp_path: Path) -> None:
+    """More data than a pipe holds, and a main module that workers cannot import."""
+    (tmp_path / "model.onnx").write_bytes(models.quantized("qdq-channel"))
+    np.savez(tmp_path / "data.npz", x=models.data(600).x, y=models.data(600).y)
+    script = (
+        "from pathlib import Path; from resq_deploy import inject; from resq_deploy.data import "
+        "load_test; inject(Path('model.onnx'), load_test('data.npz', None), out=Path('s'), "
+        "trials=9, workers=2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-"], input=script, cwd=tmp_path, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "a worker process died" in done.stderr and "__main__" in done.stderr
 
 
 def test_resume_runs_only_what_is_missing(

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
+from tempfile import TemporaryFile
 from typing import Any
 
 from resq_deploy import runtime
@@ -96,13 +97,22 @@ class _Remote:
 class Processes(_Remote):
     """Observes trials in worker processes, which map one golden run."""
 
-    lost = "a worker process died (out of memory? give fewer --workers)"
+    lost = (
+        "a worker process died (out of memory? give fewer --workers; in a script of your own, call "
+        'inject under `if __name__ == "__main__":`)'
+    )
     deaths = (BrokenProcessPool,)
 
     def __init__(self, job: Job, network: Network | None, workers: int) -> None:
+        # As a file, not as an argument: a process that dies while it starts, such as one whose main
+        # module cannot be imported, leaves the parent waiting for ever behind a long argument.
+        self._file = TemporaryFile()
+        pickle.dump(job, self._file)
+        self._file.flush()
+        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         context = multiprocessing.get_context("spawn")
         super().__init__(
-            ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job,)), workers
+            ProcessPoolExecutor(workers, context, initializer=_start, initargs=(path,)), workers
         )
         self._job, self._network = job, network
         self._shared: Shared | None = None
@@ -123,6 +133,7 @@ class Processes(_Remote):
     def close(self) -> None:
         """End the workers."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._file.close()
         if self._shared is not None:
             self._shared.close()
 
@@ -182,9 +193,10 @@ _evaluator: Evaluator | None = None  # of this worker process
 _key = ""  # the job that it is for, on a cluster
 
 
-def _start(job: Job) -> None:
+def _start(path: str) -> None:
     global _evaluator
-    _evaluator = Evaluator(job)
+    with open(path, "rb") as file:
+        _evaluator = Evaluator(pickle.load(file))  # noqa: S301, what the parent wrote
     # A killed campaign must not leave workers behind that wait for work for ever.
     threading.Thread(target=_follow_parent, daemon=True).start()
 
