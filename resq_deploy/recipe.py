@@ -42,6 +42,9 @@ class Data(_Section):
         pattern=r"\.npz$",
         description="path of an .npz with the test images, instead of the set's own",
     )
+    train_images: Positive | None = Field(
+        None, description="train on so many of the training images, a fixed draw, instead of all"
+    )
     size: Annotated[int, Field(ge=8, le=1024)] | None = Field(
         None, description="resize to this many pixels per side: gtsrb, gtsrb-roi, imagefolder"
     )
@@ -365,12 +368,46 @@ def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     return _parse(Recipe, raw, where)
 
 
+def files(path: Path) -> list[Path]:
+    """The files that a recipe is read from: itself, and the one beside it that it extends."""
+    beside = read_toml(path).get("extends")
+    if beside is None:
+        return [path]
+    if not isinstance(beside, str) or Path(beside).name != beside:
+        raise InputError(f"{path}: extends: a recipe in the same folder expected, got {beside!r}")
+    return [path, path.parent / beside]
+
+
+def _extended(path: Path) -> dict[str, Any]:
+    """The values of a recipe; those that it does not give are of the recipe that it extends.
+
+    All but the name: two recipes of one name would share a folder of results.
+    """
+    raw, *bases = (read_toml(file) for file in files(path))
+    if not bases:
+        return raw
+    (base,) = bases
+    if "extends" in base:
+        raise InputError(
+            f"{path}: extends: {raw['extends']} extends {base['extends']}; extend that one"
+        )
+    del raw["extends"]
+    base.pop("name", None)
+    sections = {
+        key: base[key] | given
+        for key, given in raw.items()
+        if isinstance(given, dict) and isinstance(base.get(key), dict)
+    }
+    return base | raw | sections
+
+
 def load(path: Path) -> Recipe:
     """Read and check models/NAME.toml; relative paths in it are taken from its folder.
 
-    An .npz of [data] that is not there is left for the data folder (`root`, RESQ_DATA).
+    With `extends = "OTHER.toml"`, a recipe beside it, every field that it does not give is of that
+    one. An .npz of [data] that is not there is left for the data folder (`root`, RESQ_DATA).
     """
-    recipe = parse(read_toml(path), str(path))
+    recipe = parse(_extended(path), str(path))
     here = path.resolve().parent
     update: dict[str, Any] = {}
     if recipe.float.checkpoint is not None:

@@ -579,6 +579,57 @@ def test_a_recipe_names_npz_files_beside_it_or_in_the_data_folder(tmp_path: Path
     assert str(tmp_path) not in json.dumps(loaded.portable())
 
 
+def test_a_recipe_gives_only_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    base = recipe_file(tmp_path, 'name = "cifar10"\nroot = "images"')
+    other = base.parent / "other.toml"
+    other.write_text('extends = "my.toml"\nname = "other"\n[fault]\nepochs = 1\n[prove]\ndraws = 2')
+    one, two = recipe.load(base), recipe.load(other)
+    assert (two.name, two.fault.epochs, two.prove.draws) == ("other", 1, 2)
+    changed = {"name": one.name, "fault": one.fault, "prove": one.prove}
+    assert two.model_copy(update=changed) == one and one.fault.epochs == 4
+    assert recipe.files(other) == [other, base] and recipe.files(base) == [base]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('extends = "my.toml"', "name: Field required"),
+        ('extends = "none.toml"\nname = "x"', "none.toml cannot be read"),
+        ('extends = "../models/my.toml"\nname = "x"', "a recipe in the same folder expected, got"),
+        ('extends = ["my.toml"]\nname = "x"', "a recipe in the same folder expected, got"),
+        ('extends = "x.toml"\nname = "x"', "x.toml extends x.toml; extend that one"),
+        ('extends = "my.toml"\nname = "x"\nfault = 1', "fault: Input should be a valid"),
+        ('extends = "my.toml"\nname = "x"\n[fault]\nepoch = 1', "fault.epoch: unknown field"),
+    ],
+    ids=["name", "missing", "folder", "list", "chain", "section", "field"],
+)
+def test_a_wrong_extension_is_one_line(tmp_path: Path, content: str, message: str) -> None:
+    path = recipe_file(tmp_path, 'name = "cifar10"').parent / "x.toml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        recipe.load(path)
+
+
+# ----------------------------------------------------------------------------- parts of a set
+
+
+def test_train_images_are_a_fixed_draw_from_every_class(tmp_path: Path) -> None:
+    x = np.repeat(np.arange(200), 16).astype(np.uint8).reshape(200, 1, 4, 4)
+    y = np.repeat(np.arange(4), 50)
+    path = str(save(tmp_path / "t.npz", x=x, y=y))
+    part = data.load("digits", train=path, train_images=40).train
+    assert part is not None and len(part) == 40
+    assert set(part.y) == {0, 1, 2, 3}, "a set that comes class by class"
+    kept = part.x[:, 0, 0, 0]
+    assert kept.tolist() == sorted(set(kept)) and np.array_equal(y[kept], part.y)
+    again = data.load("digits", train=path, train_images=40).train
+    assert again is not None and again.sha256 == part.sha256, "always the same images"
+    rest = data.load("digits", train=path, train_images=40, validation=0.5)
+    assert rest.train is not None and (len(rest.train), len(rest.test)) == (40, 100)
+    with pytest.raises(InputError, match="train_images 201 asked for; t has 200"):
+        data.load("digits", train=path, train_images=201)
+
+
 # ----------------------------------------------------------------------------- validation
 
 

@@ -178,6 +178,7 @@ def export(
     """Write CHECKPOINT as int8 QDQ ONNX, QONNX and TFLite, with every guarantee checked."""
     from resq_deploy import artifacts, data
     from resq_deploy import export as stage
+    from resq_deploy import recipe as recipes
     from resq_deploy.export import bundle
 
     loaded = _recipe_of(checkpoint, recipe, root)
@@ -196,7 +197,8 @@ def export(
     if not manifest["tflite"]["written"]:
         warn([f"not written: {manifest['tflite']['reason']}"])
     if depfile is not None:
-        sources = [checkpoint, artifacts.sidecar(checkpoint), *([recipe] if recipe else [])]
+        sources = [checkpoint, artifacts.sidecar(checkpoint)]
+        sources += recipes.files(recipe) if recipe else []
         write_text(bundle.depfile(out / stage.MANIFEST, sources), depfile)
     emit_json(manifest, json_file)
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resq_deploy.data import cifar, digits, gtsrb, imagefolder, npz
-from resq_deploy.data.base import Dataset, Split, Splits, hold_out
+from resq_deploy.data.base import Dataset, Split, Splits, draw, hold_out
 from resq_deploy.errors import InputError
 
 if TYPE_CHECKING:  # a campaign loads data without recipes, whose library it need not load
@@ -125,29 +125,35 @@ def load(
     test: str | None = None,
     size: int | None = None,
     validation: float = 0.0,
+    train_images: int | None = None,
 ) -> Splits:
     """Training and test split; `name`, `root` and `size` as in `load_split`.
 
     `train` and `test`, paths of `.npz` files, take the place of the set's own splits. A set that
     is one `.npz` has test images only, unless `train` is given. `validation` above 0 holds out
     that fraction of the training images, which take the place of the test images (`hold_out`).
+    `train_images` of the rest are kept, a fixed draw (`base.draw`).
     """
     if train is not None:
         training: Dataset | None = load_split(train, root, "train")
     else:
         training = None if name.endswith(".npz") else load_split(name, root, "train", size)
     if validation > 0 and training is not None:
-        return hold_out(training, validation)
-    if test is not None:
-        return Splits(train=training, test=load_split(test, root, "test"))
-    return Splits(train=training, test=load_split(name, root, "test", size))
+        splits = hold_out(training, validation)
+    elif test is not None:
+        splits = Splits(train=training, test=load_split(test, root, "test"))
+    else:
+        splits = Splits(train=training, test=load_split(name, root, "test", size))
+    if train_images is None or splits.train is None:
+        return splits
+    return replace(splits, train=draw(splits.train, train_images))
 
 
 def of(config: recipe.Data) -> Splits:
     """The splits that the section [data] of a recipe asks for."""
     return load(
         config.name, config.root, train=config.train, test=config.test, size=config.size,
-        validation=config.validation,
+        validation=config.validation, train_images=config.train_images,
     )  # fmt: skip
 
 

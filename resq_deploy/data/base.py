@@ -115,6 +115,16 @@ def hold_out(train: Dataset, fraction: float) -> Splits:
     )
 
 
+def draw(train: Dataset, n: int) -> Dataset:
+    """n training images, always the same ones, in the order of the set; InputError for too many.
+
+    Drawn, because some sets come class by class.
+    """
+    if n > len(train):
+        raise InputError(f"train_images {n} asked for; {train.name} has {len(train)}")
+    return train.take(np.sort(stream(0, "train_images").permutation(len(train))[:n]))
+
+
 def as_float(x: NDArray[Any]) -> NDArray[np.float32]:
     """Pixels in [0, 1]: uint8 divided by 255, floating point as it is."""
     if x.dtype == np.uint8:
