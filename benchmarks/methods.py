@@ -1,19 +1,28 @@
 """The table of methods: train the rows of methods.toml, measure the exported files, compare.
 
     python benchmarks/methods.py models/cifar10-resnet8.toml --epochs 1 --rows baseline,fault
+    python benchmarks/methods.py models/cifar10-resnet8.toml --measure fgsm,autoattack,ber,bfa,time
     python benchmarks/methods.py --write docs
 
 The first line trains and measures what is not there yet (it can be interrupted at any moment and
 continues; rows share the checkpoints they have in common); --epochs replaces those of the stages
-behind the float network. The second writes docs/methods-table.md from every row in --out, and the
-rows beside it; without a row in --out what docs holds is written again. Differences are those to
-the row `baseline`, paired on the same images and fault patterns.
+behind the float network. The second adds columns to the rows that are finished, from their files
+and twins, without training anything. The third writes docs/methods-table.md from every row in
+--out, and the rows beside it; without a row in --out what docs holds is written again. Differences
+are those to the row `baseline`, paired on the same images and fault patterns.
+
+`autoattack` runs on the first images of the row's PGD attack, on those that withstood it: what PGD
+broke is broken. `cost` is processor time of training steps, relative to plain quantization-aware
+training (training_cost.py says how), times the epochs of the stages behind the baseline.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from resq_deploy import artifacts, metrics, recipe, store
+from resq_deploy import artifacts, metrics, recipe, runtime, store
+from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, ResqError
 from resq_deploy.report import table
 
@@ -30,6 +40,10 @@ HERE = Path(__file__).parent
 EPOCHS = ("baseline", "attack", "fault")
 RATES = (1e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
 EPSILONS = tuple(k / 255 for k in (1, 2, 4, 8))
+RARE = 1e-5
+"""A rate at which few patterns matter: measured beside the others, and not part of the area."""
+AUTOATTACK = EPSILONS[:2]
+ABSENT = "–"
 
 
 def rows(names: str | None) -> list[dict[str, Any]]:
@@ -110,6 +124,199 @@ def measure(made: recipe.Recipe, twin: Path, out: Path) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A row that has been measured, and what further columns are measured on."""
+
+    made: recipe.Recipe
+    stages: list[str]
+    row: dict[str, Any]
+    folder: Path
+    """Where its attacks, stores and exported files are."""
+    twin: Path
+    baseline: Path
+    """The exported file of the row `baseline`."""
+    attacked: int
+    """Images of `autoattack`."""
+
+    @property
+    def model(self) -> Path:
+        return exported(self.folder)
+
+    def test(self, n: int | None = None) -> Dataset:
+        """The first `n` test images, or all."""
+        from resq_deploy import data
+
+        test = data.of(self.made.data).test
+        return test if n is None else test.first(n)
+
+
+def exported(folder: Path) -> Path:
+    """The file that was measured."""
+    from resq_deploy.export import QDQ
+
+    return folder / "export" / QDQ
+
+
+def finished(base: recipe.Recipe, row: dict[str, Any], out: Path, attacked: int) -> Finished | None:
+    """A row of methods.toml as it was trained and measured; None where it was not yet.
+
+    The twin is found by the digest in the manifest: a checkpoint that older code trained counts.
+    """
+    from resq_deploy.export import MANIFEST
+
+    target, folder = out / "rows" / f"{row['name']}.json", out / "measured" / row["name"]
+    if not target.is_file() or not (folder / "export" / MANIFEST).is_file():
+        return None
+    digest = artifacts.read_json(folder / "export" / MANIFEST)["inputs"]["checkpoint_sha256"]
+    twins = [path for path in sorted((out / "checkpoints").glob("*/checkpoint.safetensors"))
+             if artifacts.sha256(path) == digest]  # fmt: skip
+    if not twins:
+        raise InputError(f"row {row['name']}: the checkpoint {digest[:12]} is not in {out}")
+    return Finished(
+        made=plan(base, row, None), stages=row["stages"], row=artifacts.read_json(target),
+        folder=folder, twin=twins[0], baseline=exported(out / "measured" / "baseline"),
+        attacked=attacked,
+    )  # fmt: skip
+
+
+def fgsm(of: Finished) -> dict[str, Any]:
+    """FGSM on the images of the row's PGD."""
+    from resq_deploy.attack import attack
+
+    images = of.test(of.row["attack"]["radii"][0]["n"])
+    found = attack(
+        of.model, of.twin, images, epsilons=EPSILONS, attacks=("fgsm",), check=False,
+        out=of.folder / "fgsm.json",
+    )  # fmt: skip
+    rows = found["attacks"]["fgsm"]["epsilons"]
+    return {"radii": [{"epsilon": at["epsilon"]} | pack(at["correct"]) for at in rows]}
+
+
+def autoattack(of: Finished) -> dict[str, Any]:
+    """AutoAttack on what PGD left of the first images."""
+    from resq_deploy.attack import attack
+
+    images, radii, settings = of.test(of.attacked), [], {}
+    for at in of.row["attack"]["radii"]:
+        if at["epsilon"] in AUTOATTACK:
+            right = unpack(at)[: of.attacked]
+            left = np.flatnonzero(right)
+            if left.size:
+                found = attack(
+                    of.model, of.twin, images.take(left), epsilons=(at["epsilon"],),
+                    attacks=("autoattack",), check=False,
+                    out=of.folder / f"autoattack-{255 * at['epsilon']:.4g}.json",
+                )  # fmt: skip
+                settings = found["attacks"]["autoattack"]["members"]
+                right[left] = [
+                    mark == "1" for mark in found["attacks"]["autoattack"]["epsilons"][0]["correct"]
+                ]
+            marks = "".join(f"{r:.0f}" for r in right)
+            radii.append({"epsilon": at["epsilon"]} | pack(marks))
+    return {"members": settings, "radii": radii}
+
+
+def ber(of: Finished) -> dict[str, Any]:
+    """Fault patterns at the rate RARE, as many and on as many images as at the others."""
+    from resq_deploy.inject import inject
+
+    fault, path = of.row["fault"], of.folder / "rare.store"
+    inject(
+        of.model, of.test(fault["n_images"]), out=path, fault="ber", rates=(RARE,),
+        draws=len(fault["rates"][0]["n_correct"]), seed=of.made.seed, resume=path.exists(),
+    )  # fmt: skip
+    trials = store.read([path])[1]
+    return {"rate": RARE, "n_correct": [trial.n_correct for trial in trials]}
+
+
+def bfa(of: Finished) -> dict[str, Any]:
+    """Adversarial bits, five searches of at most 50 flips; or why there are none."""
+    from resq_deploy.attack.bfa import bfa as search
+
+    try:
+        found = search(of.model, of.twin, of.test(), images=1000, seed=of.made.seed)
+    except InputError as error:
+        return {"refused": str(error)}
+    artifacts.write_json(of.folder / "bfa.json", found)
+    kept = ("clean", "limit", "flips_to_chance", "max_flips", "n_images", "batch", "random")
+    return {key: found[key] for key in kept} | {
+        "flips": [search["flips_to_chance"] for search in found["searches"]]
+    }
+
+
+def seconds(of: Finished) -> dict[str, Any]:
+    """Processor time per image, one a run, one thread; the file and the baseline take turns."""
+    files = {"row": of.model, "baseline": of.baseline}
+    sessions = {name: runtime.session(path.read_bytes()) for name, path in files.items()}
+    x = of.test(1).x
+    feeds = {name: runtime.adapt(x, session) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in files}
+    order = np.random.default_rng(0)
+    for _ in range(200):
+        for name in order.permutation(list(files)).tolist():
+            start = time.thread_time()
+            for _ in range(20):
+                runtime.run(sessions[name], feeds[name])
+            times[name].append((time.thread_time() - start) / 20)
+    ratio = metrics.bootstrap_mean(np.array(times["row"]) / np.array(times["baseline"]))
+    return {"seconds": float(np.median(times["row"])), "ratio": vars(ratio)}
+
+
+def cost(of: Finished) -> dict[str, Any]:
+    """Training behind the baseline in epochs of plain quantization-aware training."""
+    from training_cost import Bench
+
+    from resq_deploy.train import objective_of
+    from resq_deploy.train.objectives import CrossEntropy
+
+    benches = {"plain": Bench(CrossEntropy())}
+    faults = of.made.fault.model_copy(update={"start_loss": 1e9})  # from the first step on
+    for stage in of.stages:
+        if stage != "adjust":
+            made = of.made.model_copy(update={"fault": faults})
+            benches[stage] = Bench(objective_of(made, stage), of.made.fault.encoding)
+    times: dict[str, list[float]] = {name: [] for name in benches}
+    for bench in benches.values():
+        bench.seconds(2)  # the first steps allocate
+    for _ in range(10):
+        for name, bench in benches.items():
+            times[name].append(bench.seconds(2))
+    steps = {s: float(np.mean(t) / np.mean(times["plain"])) for s, t in times.items()}
+    epochs = dict(part.rsplit(" ", 1) for part in of.row["epochs"].split(", "))
+    trained = [s for s in of.stages if s != "adjust"]
+    return {
+        "per_step": {stage: steps[stage] for stage in trained},
+        "epochs": sum(steps[stage] * int(epochs[stage]) for stage in trained),
+        "adjusted": "adjust" in of.stages,
+    }
+
+
+MEASURES: dict[str, Callable[[Finished], dict[str, Any]]] = {
+    "fgsm": fgsm, "autoattack": autoattack, "ber": ber, "bfa": bfa, "time": seconds, "cost": cost,
+}  # fmt: skip
+"""Columns that are measured after the fact, by the name that --measure takes."""
+
+
+def measures(names: str) -> list[str]:
+    """What --measure names; InputError for what it does not know."""
+    for name in names.split(","):
+        if name not in MEASURES:
+            raise InputError(f"column {name!r} is unknown; expected some of {', '.join(MEASURES)}")
+    return names.split(",")
+
+
+def add(of: Finished, names: list[str], target: Path) -> None:
+    """Measure what a finished row lacks of these columns, and write each into it."""
+    for name in names:
+        settings = {"attacked": of.attacked} if name == "autoattack" else {}
+        more = of.row.setdefault("more", {})
+        if more.get(name, {}).get("settings") != settings:
+            click.echo(f"row {target.stem}: {name}", err=True)
+            more[name] = {"settings": settings} | MEASURES[name](of)
+            artifacts.write_json(target, of.row)
+
+
 def pack(marks: str) -> dict[str, Any]:
     """Which images were right, as counts and as the hex digits of their bits."""
     right = np.array([mark == "1" for mark in marks])
@@ -128,11 +335,20 @@ def unpack(packed: dict[str, Any]) -> NDArray[np.float64]:
 
 def samples(row: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     """What each column averages: one value per image or per fault pattern, in [0, 1]."""
+    more = row.get("more", {})
     found = {"clean": unpack(row["clean"])}
-    for at in row["attack"]["radii"]:
-        found[f"PGD {table.epsilon_label(at['epsilon'])}"] = unpack(at)
-    rates = [at["rate"] for at in row["fault"]["rates"]]
-    faulty = np.array([at["n_correct"] for at in row["fault"]["rates"]]) / row["fault"]["n_images"]
+    for label, radii in (
+        ("FGSM", more.get("fgsm", {}).get("radii", [])),
+        ("PGD", row["attack"]["radii"]),
+        ("AA", more.get("autoattack", {}).get("radii", [])),
+    ):
+        found |= {f"{label} {table.epsilon_label(at['epsilon'])}": unpack(at) for at in radii}
+    faults = row["fault"]
+    if "ber" in more:
+        rare = np.array(more["ber"]["n_correct"]) / faults["n_images"]
+        found[f"BER {more['ber']['rate']:g}"] = rare
+    rates = [at["rate"] for at in faults["rates"]]
+    faulty = np.array([at["n_correct"] for at in faults["rates"]]) / faults["n_images"]
     found |= {f"BER {rate:g}": values for rate, values in zip(rates, faulty, strict=True)}
     if len(rates) > 1:
         x = np.log10(rates)
@@ -140,19 +356,67 @@ def samples(row: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     return found
 
 
-def accuracy(column: str, values: NDArray[np.float64]) -> str:
+def over_patterns(column: str) -> bool:
+    """Whether a column averages fault patterns, not images."""
+    return column.startswith(("BER", "area"))
+
+
+def accuracy(column: str, values: NDArray[np.float64] | None) -> str:
     """Mean in percent with its 95 % interval: Wilson over images, bootstrap over patterns."""
-    if column.startswith(("BER", "area")):
+    if values is None:
+        return ABSENT
+    if over_patterns(column):
         found = metrics.bootstrap_mean(values)
     else:
         found = metrics.wilson(int(values.sum()), len(values))
     return table.percent(vars(found))
 
 
-def difference(values: NDArray[np.float64], base: NDArray[np.float64]) -> str:
+def difference(values: NDArray[np.float64] | None, base: NDArray[np.float64] | None) -> str:
     """Paired difference in percentage points with its 95 % interval."""
+    if values is None or base is None or len(values) != len(base):
+        return ABSENT
     found = metrics.bootstrap_mean(100 * (values - base))
     return table.points({"points": found.value, "low": found.low, "high": found.high})
+
+
+def tail(values: NDArray[np.float64] | None) -> str:
+    """5 % quantile and minimum in percent."""
+    if values is None:
+        return ABSENT
+    return f"{100 * np.quantile(values, 0.05):.1f}; {100 * values.min():.1f}"
+
+
+def chance(found: dict[str, Any] | None) -> str:
+    """Flips to chance level, with interval where every search got there."""
+    if found is None:
+        return ABSENT
+    if "refused" in found:
+        return "refused"
+    flips = found["flips_to_chance"]
+    if "mean" in flips:
+        return f"{flips['mean']:.1f} [{flips['low']:.1f}, {flips['high']:.1f}]"
+    return (
+        f"more than {flips['more_than']} ({flips['n_reached']} of {flips['n_searches']} got there)"
+    )
+
+
+def costs(row: dict[str, Any]) -> list[str]:
+    """Bytes, time per image, training, flips to chance."""
+    more = row.get("more", {})
+    took, trained = more.get("time"), more.get("cost")
+    cells = [f"{row['n_bytes']:,}", ABSENT, ABSENT, ABSENT, chance(more.get("bfa"))]
+    if took is not None:
+        ratio = took["ratio"]
+        cells[1] = f"{1e6 * took['seconds']:.0f}"
+        cells[2] = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    if trained is not None:
+        cells[3] = f"{trained['epochs']:.1f}" + ", and stage 3" * trained["adjusted"]
+    return cells
+
+
+def grid(body: list[list[Any]], head: list[str]) -> str:
+    return str(tabulate(body, head, tablefmt="github", disable_numparse=True))
 
 
 def section(name: str, found: dict[str, dict[str, Any]]) -> str:
@@ -162,55 +426,73 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     kept = {n: row for n, row in found.items() if all(row[k] == first[k] for k in same)}
     left = sorted(found.keys() - kept.keys())
     columns = {n: samples(row) for n, row in kept.items()}
-    names, base = list(columns["baseline"]), columns["baseline"]
-    head = ["row", *names]
-    levels = [[n, *(accuracy(c, v) for c, v in columns[n].items())] for n in kept]
-    gains = [[n, *(difference(columns[n][c], base[c]) for c in names)]
-             for n in kept if n != "baseline"]  # fmt: skip
-    tails = [
-        [n, *(f"{100 * np.quantile(v, 0.05):.1f}; {100 * v.min():.1f}"
-              for c, v in columns[n].items() if c.startswith("BER"))]
-        for n in kept
-    ]  # fmt: skip
+    # those of the row that has most: some are measured after the fact
+    names, base = list(max(columns.values(), key=len)), columns["baseline"]
     about = [[n, row["about"], " -> ".join(row["stages"]) or "none", row["epochs"]]
              for n, row in kept.items()]  # fmt: skip
-    draws = len(first["fault"]["rates"][0]["n_correct"])
-
-    def grid(body: list[list[Any]], headers: list[str]) -> str:
-        return str(tabulate(body, headers, tablefmt="github", disable_numparse=True))
-
+    aa = next((len(of[c]) for of in columns.values() for c in of if c.startswith("AA")), None)
     versions = ", ".join(
         f"{k} {first['versions'][k]}" for k in ("torch", "brevitas", "onnxruntime")
     )
-    return "\n".join(
-        [
-            f"## {name}",
+    lines = [
+        f"## {name}",
+        "",
+        f"Exported int8 files in onnxruntime; {len(base['clean'])} test images for clean, "
+        f"{first['attack']['radii'][0]['n']} under attack ({first['attack']['what']}, "
+        f"white-box on the twin, replayed on the file; FGSM likewise), "
+        f"{len(first['fault']['rates'][0]['n_correct'])} fault patterns per rate on "
+        f"{first['fault']['n_images']} images; 95 % intervals. `area`: mean over log10 BER, from "
+        f"BER {first['fault']['rates'][0]['rate']:g} on. `{ABSENT}`: not measured. {versions}, "
+        f"{first['cpu']}.",
+        "",
+        *([f"AA: AutoAttack (APGD-100, APGD-DLR-100, Square with 1,000 iterations, see "
+           f"[attacks.md](attacks.md)) on the first {aa} images; what PGD broke of them is "
+           "broken.", ""] if aa else []),
+        grid(about, ["row", "what", "stages behind the baseline", "epochs per stage"]),
+        "",
+    ]  # fmt: skip
+    for title, part in (
+        ("clean and under attack", [c for c in names if not over_patterns(c)]),
+        ("under bit errors", [c for c in names if over_patterns(c)]),
+    ):
+        levels = [[n, *(accuracy(c, of.get(c)) for c in part)] for n, of in columns.items()]
+        gains = [[n, *(difference(of.get(c), base.get(c)) for c in part)]
+                 for n, of in columns.items() if n != "baseline"]  # fmt: skip
+        lines += [
+            f"Accuracy {title}, %:",
             "",
-            f"Exported int8 files in onnxruntime; {len(base['clean'])} test images for clean, "
-            f"{first['attack']['radii'][0]['n']} under attack ({first['attack']['what']}, "
-            f"white-box on the twin, replayed on the file), {draws} fault patterns per rate on "
-            f"{first['fault']['n_images']} images; 95 % intervals. `area`: mean over log10 BER. "
-            f"{versions}, {first['cpu']}.",
-            "",
-            grid(about, ["row", "what", "stages behind the baseline", "epochs per stage"]),
-            "",
-            "Accuracy, %:",
-            "",
-            grid(levels, head),
+            grid(levels, ["row", *part]),
             "",
             "Difference to `baseline` in percentage points, paired:",
             "",
-            grid(gains, head),
-            "",
-            "5 % quantile over patterns; worst pattern, %:",
-            "",
-            grid(tails, ["row", *(c for c in names if c.startswith("BER"))]),
-            "",
-            *([f"Measured otherwise, and left out: {', '.join(left)}.", ""] if left else []),
-            f"Command: `python benchmarks/methods.py models/{name}.toml {first['command']}`",
+            grid(gains, ["row", *part]),
             "",
         ]
-    )
+    rates = [c for c in names if c.startswith("BER")]
+    lines += [
+        "5 % quantile over patterns; worst pattern, %:",
+        "",
+        grid([[n, *(tail(of.get(c)) for c in rates)] for n, of in columns.items()],
+             ["row", *rates]),
+        "",
+        "What it costs, and adversarial bits:",
+        "",
+        grid([[n, *costs(row)] for n, row in kept.items()],
+             ["row", "bytes of weights", "µs per image", "relative to `baseline`",
+              "training, epochs", "flips to chance"]),
+        "",
+        "µs per image: processor time, one image a run, one thread. Training: what the stages "
+        "behind the baseline cost in processor time, in epochs of plain quantization-aware "
+        "training of the same network; stage 3 trains nothing and is not counted. Flips to "
+        "chance: [progressive bit search](attacks.md#adversarial-bits), 5 searches, 128 images to "
+        "attack with, 1,000 others to measure on.",
+        "",
+        *([f"Measured otherwise, and left out: {', '.join(left)}.", ""] if left else []),
+        f"Commands: `python benchmarks/methods.py models/{name}.toml {first['command']}`, then "
+        f"`--measure {','.join(MEASURES)}`.",
+        "",
+    ]  # fmt: skip
+    return "\n".join(lines)
 
 
 def write(out: Path, docs: Path) -> None:
@@ -269,16 +551,24 @@ def work(
 @click.option("--images", default=1000, show_default=True, help="Test images.")
 @click.option("--draws", default=50, show_default=True, help="Fault patterns per rate.")
 @click.option("--steps", default=20, show_default=True, help="PGD steps.")
+@click.option("--measure", "more", help="Only add columns to finished rows: names with commas.")
+@click.option("--attacked", default=100, show_default=True, help="Images of autoattack.")
 @click.option("--out", default=Path("runs/methods"), type=click.Path(path_type=Path))
 @click.option("--write", "docs", type=click.Path(path_type=Path), help="Folder of the page.")
 def main(
     base: Path | None, names: str | None, epochs: int | None, images: int, draws: int, steps: int,
-    out: Path, docs: Path | None,
+    more: str | None, attacked: int, out: Path, docs: Path | None,
 ) -> None:  # fmt: skip
     """Train and measure rows of methods.toml on a base recipe; write the table."""
     failed = []
-    if base is not None:
-        loaded = recipe.load(base)
+    loaded = None if base is None else recipe.load(base)
+    if loaded is not None and more is not None:
+        wanted = measures(more)
+        for row in rows(names):
+            of = finished(loaded, row, out / loaded.name, attacked)
+            if of is not None:
+                add(of, wanted, out / loaded.name / "rows" / f"{row['name']}.json")
+    elif loaded is not None:
         prove = {"images": images, "draws": draws, "steps": steps, "rates": RATES,
                  "epsilons": EPSILONS}  # fmt: skip
         for row in rows(names):

@@ -47,9 +47,10 @@ def objectives() -> dict[str, CrossEntropy]:
 class Bench:
     """A network under one method."""
 
-    def __init__(self, objective: CrossEntropy) -> None:
+    def __init__(self, objective: CrossEntropy, encoding: str = "plain") -> None:
         self.objective = objective
-        self.net = quantize(build("resnet8", n_classes=10, in_channels=3, seed=0))
+        float_net = build("resnet8", n_classes=10, in_channels=3, seed=0)
+        self.net = quantize(float_net, encoding=encoding)
         self.x = torch.rand(128, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         self.x = self.x.contiguous(memory_format=torch.channels_last)
         calibrate(self.net, self.x)

@@ -285,6 +285,46 @@ def test_packed_images_of_the_table_survive_a_round_trip(marks: str) -> None:
     assert "".join(f"{right:.0f}" for right in BENCH["unpack"](BENCH["pack"](marks))) == marks
 
 
+def test_autoattack_of_the_table_goes_on_where_pgd_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only what PGD left is attacked, and nothing comes back that PGD broke."""
+    images = Dataset(name="noise", x=np.zeros((8, 1, 8, 8), np.uint8), y=np.arange(8))
+    seen = []
+
+    def attack(model: Path, twin: Path, data: Dataset, **options: Any) -> dict[str, Any]:
+        seen.append((options["epsilons"], data.y.tolist()))
+        rows = [{"correct": "01" * (len(data) // 2)}]
+        return {"attacks": {"autoattack": {"members": {}, "epsilons": rows}}}
+
+    monkeypatch.setattr("resq_deploy.attack.attack", attack)
+    one, two, four = BENCH["EPSILONS"][:3]
+    left = {one: "11110011", two: "00000001", four: "11111111"}
+    radii = [{"epsilon": e} | BENCH["pack"](marks) for e, marks in left.items()]
+    of = BENCH["Finished"](
+        made=None, stages=[], row={"attack": {"radii": radii}}, folder=tmp_path, twin=tmp_path,
+        baseline=tmp_path, attacked=6,
+    )  # fmt: skip
+    monkeypatch.setattr(type(of), "test", lambda self, n: images.first(n))
+    found = BENCH["autoattack"](of)["radii"]
+    assert seen == [((one,), [0, 1, 2, 3])]
+    marks = [BENCH["unpack"](at).tolist() for at in found]
+    assert [at["epsilon"] for at in found] == [one, two]
+    assert marks == [[0, 1, 0, 1, 0, 0], [0] * 6]
+
+
+def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
+    absent = BENCH["ABSENT"]
+    assert BENCH["accuracy"]("AA 1/255", None) == absent
+    assert BENCH["difference"](None, np.ones(3)) == absent == BENCH["tail"](None)
+    assert BENCH["costs"]({"n_bytes": 1234}) == ["1,234", *4 * [absent]]
+    reached = {"n_reached": 1, "n_searches": 2, "more_than": 50}
+    assert BENCH["chance"]({"flips_to_chance": reached}) == "more than 50 (1 of 2 got there)"
+    assert BENCH["chance"]({"refused": "encoded"}) == "refused"
+    with pytest.raises(InputError, match="column 'fgms' is unknown; expected some of fgsm, "):
+        BENCH["measures"]("time,fgms")
+
+
 # --------------------------------------------------------------------------- stage 1
 
 

@@ -46,12 +46,13 @@ def _images(recipe: Recipe, stage: str) -> tuple[Splits, Dataset]:
     return splits, calibration.load(recipe.data, splits)
 
 
-def _objective(recipe: Recipe, stage: str) -> CrossEntropy:
+def objective_of(recipe: Recipe, stage: str) -> CrossEntropy:
+    """What a stage of a recipe minimises."""
     if stage == "attack":
         return ATTACKS[recipe.attack.method](recipe.attack)
     if stage == "fault":
         keep = recipe.fault.keep_attack and recipe.attack.epsilon > 0
-        unfaulted = _objective(recipe, "attack") if keep else CrossEntropy()
+        unfaulted = objective_of(recipe, "attack") if keep else CrossEntropy()
         return FAULTS[recipe.fault.method](recipe.fault, unfaulted, seed=recipe.seed)
     return CrossEntropy(getattr(recipe, stage).label_smoothing)
 
@@ -161,7 +162,7 @@ def train(
         return final
     net, arguments = _start(recipe, stage, start, images)
     config = getattr(recipe, stage)
-    objective = _objective(recipe, stage)
+    objective = objective_of(recipe, stage)
     history: list[dict[str, float]] = []
     if _trains(recipe, stage):
         assert images[0].train is not None
@@ -186,4 +187,4 @@ def train(
     return final
 
 
-__all__ = ["STAGES", "planned", "train"]
+__all__ = ["STAGES", "objective_of", "planned", "train"]
