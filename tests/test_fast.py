@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, Refused
 from resq_deploy.inject import campaign, faults, inject, kernels, layers, results, simd
 from resq_deploy.inject.evaluator import Chunk, Evaluator
-from resq_deploy.inject.fast import Fast, Network
+from resq_deploy.inject.fast import Fast, Network, Pace
 from resq_deploy.inject.graph import Cut, Unit, Value
 from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.observers import Processes
@@ -50,14 +50,28 @@ settings.register_profile(
 EXACT = settings.get_profile("exact")
 numbers = st.integers(0, 2**32 - 1)
 
+
+class Patient(Pace):
+    def slower(self, seconds: float) -> bool:
+        return False
+
+
+class Hurried(Pace):
+    def slower(self, seconds: float) -> bool:
+        return True
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "timed": {},
-    "sums": {"FEW": 10**9, "MANY": 10**9},
-    "dense": {"FEW": 0, "MANY": 10**9},
+    "sums": {"FEW": 10**9, "MANY": 10**9, "Pace": Patient},
+    "apart": {"FEW": 10**9, "MANY": 10**9, "Pace": Patient},
+    "dense": {"FEW": 0, "MANY": 10**9, "Pace": Patient},
+    "end": {"MANY": 10**9, "Pace": Hurried},
     "whole": {"MANY": 0, "WHOLE": -1.0},
 }
-"""Constants of the fast engine that choose its way to a result: by measured times, always from
-the kept sums, always unit by unit, always the whole network."""
+"""What chooses the fast engine's way to a result: by measured times, always from the kept sums, the
+same without copies by channel, always unit by unit, the rest in one as soon as possible, always the
+whole network."""
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +112,12 @@ class Both:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in WAYS[way].items():
                 patch.setattr(fast, name, value)
-            if way in ("sums", "dense"):
-                limit = 10**9 if way == "sums" else 0
+            patch.setattr(self.network, "_paces", {})
+            if way == "apart":
+                kept = replace(self.fast._kept, inputs_by_channel={}, sums_by_channel={})
+                patch.setattr(self.fast, "_kept", kept)
+            if way in ("sums", "apart", "dense"):
+                limit = 0 if way == "dense" else 10**9
                 patch.setattr(self.network, "limits", dict.fromkeys(limits, limit))
             return answer(self.fast, change)
 
@@ -299,6 +317,44 @@ def test_any_number_of_images(name: str, n: int) -> None:
     both = Both(models.quantized(name), models.data(n).x)
     for index in range(3):
         both.check(both.single(index, 5, 6))
+
+
+def test_the_rest_runs_in_one_where_going_on_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Both(models.quantized("qdq-channel"), models.data(53).x)
+    if runtime.saturates():
+        return
+    network, ended = both.network, []
+    inner = Fast._ended
+
+    def spy(self: Fast, end: Unit, *rest: Any) -> Any:
+        ended.append(end)
+        return inner(self, end, *rest)
+
+    monkeypatch.setattr(Fast, "_ended", spy)
+    change = both.single(0, 3, 6)
+    struck = network.last_struck(change)
+    expected = next(end for index, end in network.ends.items() if index > struck)
+    assert both.check(change, "end") and ended == [expected]
+    for index, end in network.ends.items():
+        assert end.outputs == [network.cut.output]
+        assert len(end.nodes) > len(network.cut.units[index].nodes)
+    monkeypatch.setattr(network, "_seconds", dict.fromkeys(network._seconds, 0.0))
+    monkeypatch.setattr(network, "_paces", {})
+    ended.clear()
+    both.fast.run(change)
+    assert not ended  # nothing is known yet
+    both.fast.run(change)
+    assert ended == [expected]
+
+
+def test_what_is_not_known_is_tried_and_tried_again() -> None:
+    pace, answers = Pace(), []
+    for _ in range(20):
+        answers.append(pace.slower(1.0))
+        if not answers[-1]:
+            pace.add(images=10, seconds=30.0)  # 3 seconds an image
+    assert [i + 1 for i, slower in enumerate(answers) if not slower] == [1, 4, 16]
+    assert not any(pace.slower(4.0) for _ in range(20))
 
 
 def test_changed_names_all_images_that_change_once() -> None:
@@ -1187,9 +1243,11 @@ def test_shared_arrays_are_one_memory_that_goes_away() -> None:
     opened = handle.open()
     assert len(pickle.dumps(handle)) < 20_000 + opened.output.nbytes
     assert opened.output.tobytes() == kept.output.tobytes()
-    assert opened.values.keys() == kept.values.keys() and opened.sums.keys() == kept.sums.keys()
-    pairs = [(kept.values[k], opened.values[k]) for k in kept.values]
-    pairs += [(kept.sums[k], opened.sums[k]) for k in kept.sums]
+    pairs = []
+    for name in ("values", "sums", "inputs_by_channel", "sums_by_channel"):
+        arrays, others = getattr(kept, name), getattr(opened, name)
+        assert arrays.keys() == others.keys() and (arrays or runtime.saturates())
+        pairs += [(arrays[key], others[key]) for key in arrays]
     assert pairs or runtime.saturates()
     for mine, theirs in pairs:
         assert isinstance(theirs, np.memmap) and not theirs.flags.writeable

@@ -24,7 +24,7 @@ from resq_deploy import bits, runtime
 from resq_deploy.errors import InputError
 from resq_deploy.inject import activations, graph, kernels, layers, memory
 from resq_deploy.inject.decoders import Reader
-from resq_deploy.inject.graph import Cut, Runner
+from resq_deploy.inject.graph import Cut, Runner, Unit
 from resq_deploy.inject.layers import Layer
 from resq_deploy.inject.memory import Change, Flips
 from resq_deploy.inject.reload import Reload
@@ -46,9 +46,18 @@ BYTE_NS, POSITION_NS, CODE_NS, RATE = 0.3, 35.0, 0.7, 42.0
 `changed_inputs` per output position and per code of it, and multiplications per nanosecond. They
 choose between two ways to the same result."""
 
+POSITION_MACS = 2**16
+"""Where the layers behind one multiply less than this for each of its output positions, it is worth
+having copies of it that lie channel by channel: without them, a position costs as much as some
+2000 multiplications."""
+
 MANY, WHOLE = 8, 0.7
 """More changed elements than this, with more than this part of the network behind the first one:
 the network is run as a whole."""
+
+NEXT_END = 0.75
+"""From one place to the next where the rest of the network can be run in one go, its share of the
+run time falls to this part or less: few places, and no more than this lost by waiting for one."""
 
 PROOFS = 3
 """Faults that are compared with the reload engine before the fast one is used on a model."""
@@ -107,6 +116,10 @@ class Kept:
     where the model is reloaded."""
     sums: Mapping[int, NDArray[np.int32]]
     """(N, P, Q, O) accumulators of the integer layers, by unit."""
+    inputs_by_channel: Mapping[int, Bytes]
+    """(C, N, H, W) bytes that layers read, by unit, where such a copy is worth its room."""
+    sums_by_channel: Mapping[int, NDArray[np.int32]]
+    """(O, N, P, Q) of the same layers."""
 
 
 NO_CHANGE = Changed(
@@ -178,6 +191,34 @@ class Output:
         )
 
 
+class Pace:
+    """What trials that went on from some place, unit by unit, took from there to their end."""
+
+    def __init__(self, like: Pace | None = None) -> None:
+        """`like` is that of a similar place: what is believed until a trial went on here."""
+        self._visits, self._next = 0, 1
+        self._images = 0
+        self._seconds = 0.0
+        if like is not None and like._images:
+            self._next, self._images, self._seconds = 4, 1, like._seconds / like._images
+
+    def slower(self, seconds: float) -> bool:
+        """Is going on likely to take longer than `seconds` for one image?
+
+        Tried when nothing is known, and again at some later visits, ever fewer.
+        """
+        self._visits += 1
+        if self._visits == self._next:
+            self._next *= 4
+            return False
+        return self._seconds > seconds * self._images
+
+    def add(self, images: int, seconds: float) -> None:
+        """A trial with so many changed images went on, and took so long."""
+        self._images += images
+        self._seconds += seconds
+
+
 Allocate = Callable[[tuple[int, ...], Any], Array]
 
 
@@ -203,6 +244,9 @@ class Network:
         self.limits: dict[int, int] = {}
         self.pools: dict[int, bool] = {}
         """Units that make one code of every channel: are the channels the last axis?"""
+        self.ends: dict[int, Unit] = {}
+        """By unit, all from that one on in one, which takes less time where most of it changes."""
+        self._paces: dict[int, dict[int, Pace]] = {}
         self._types = {tensor.name: tensor for tensor in found.space.tensors}
         self._readers: dict[str, Reader] = {}
         """By stored weight, where a decoder stands behind it that onnxruntime has folded."""
@@ -314,6 +358,7 @@ class Network:
             self.why = "its kernels do not repeat bit for bit when run one by one"
             return
         self._seconds = {index: self._time(index, sample) for index in self.active}
+        self._find_ends()
         for index in self.active:
             if index in self.layers:
                 self.limits[index] = self._limit(index)
@@ -353,7 +398,7 @@ class Network:
         """Does every unit give the kept rows again for a few images in any company?"""
         some: list[list[int]] = [[3], [7, 1, 4], [0, 2, 5, 6, 8, 9, 11], [*range(12, 29)]]
         return all(
-            self._repeats(index, sample, np.array(images, np.int64))
+            self._repeats(self.cut.units[index], sample, np.array(images, np.int64))
             for index in self.active
             for images in some
         )
@@ -361,12 +406,11 @@ class Network:
     def _whole_groups(self, sample: Kept) -> bool:
         assert self.group is not None
         images = np.arange(self.group)
-        return all(self._repeats(index, sample, images) for index in self.active)
+        return all(self._repeats(self.cut.units[i], sample, images) for i in self.active)
 
-    def _repeats(self, index: int, kept: Kept, images: Images) -> bool:
-        unit = self.cut.units[index]
+    def _repeats(self, unit: Unit, kept: Kept, images: Images) -> bool:
         feeds = [kept.values[name][images] for name in unit.inputs]
-        outputs = self.runner.run(self.runner.session(index), index, feeds)
+        outputs = self.runner.run(self.runner.session(unit), unit, feeds)
         return all(
             output.tobytes() == kept.values[name][images].tobytes()
             for name, output in zip(unit.outputs, outputs, strict=True)
@@ -374,12 +418,12 @@ class Network:
 
     def _time(self, index: int, sample: Kept) -> float:
         """Seconds of computing that a unit takes for one image."""
-        n = self.group or CALIBRATION
-        feeds = [sample.values[name][:n] for name in self.cut.units[index].inputs]
-        session, seconds = self.runner.session(index), []
+        n, unit = self.group or CALIBRATION, self.cut.units[index]
+        feeds = [sample.values[name][:n] for name in unit.inputs]
+        session, seconds = self.runner.session(unit), []
         for _ in range(4):
             start = time.thread_time()
-            self.runner.run(session, index, feeds)
+            self.runner.run(session, unit, feeds)
             seconds.append(time.thread_time() - start)
         return min(seconds) / n
 
@@ -391,6 +435,47 @@ class Network:
             return 0.0
         behind = sum(self._seconds[i] for i in self.active if i >= first[0])
         return behind / sum(self._seconds.values())
+
+    def _find_ends(self) -> None:
+        before = float("inf")
+        for at, index in enumerate(self.active[:-1]):
+            behind = sum(self._seconds[i] for i in self.active[at:])
+            if self.cut.units[index].heavy and behind <= NEXT_END * before:
+                unit = self.cut.joined(self.active[at:])
+                if unit is not None:
+                    self.ends[index], before = unit, behind
+
+    def end(self, index: int, kept: Kept) -> Unit | None:
+        """Unit `index` and all behind it in one; None where that does not repeat `kept`."""
+        unit = self.ends.get(index)
+        if unit is not None and not self.runner.has(unit):
+            images = np.arange(min(kept.n, self.group or runtime.CHUNK))
+            if not self._repeats(unit, kept, images):
+                self.ends.pop(index)
+                return None
+        return unit
+
+    def last_struck(self, change: Change) -> int:
+        """The last unit that reads a changed initializer or whose output flips; -1: none."""
+        struck = (
+            index
+            for index in self.active
+            if change.keys()
+            & (self.cut.units[index].initializers | {*self.cut.units[index].outputs})
+        )
+        return max(struck, default=-1)
+
+    def pace(self, index: int, entries: int) -> Pace:
+        """What going on from unit `index` costs where `entries` codes of an image have changed."""
+        found, size = self._paces.setdefault(index, {}), entries.bit_length() // 3
+        if size not in found:
+            near = min(found, key=lambda other: abs(other - size), default=size)
+            found[size] = Pace(found.get(near))
+        return found[size]
+
+    def seconds_behind(self, index: int) -> float:
+        """Seconds that the units from `index` on take for one image."""
+        return sum(self._seconds[i] for i in self.active if i >= index)
 
     def _limit(self, index: int) -> int:
         """Changed input codes of an image up to which updating a layer beats running it."""
@@ -429,7 +514,7 @@ class Network:
                 continue
             planes = np.moveaxis(images, 1 + axis, 1).reshape(-1, *np.delete(x.tail, axis))
             feed = np.expand_dims(planes, 1 + axis)
-            found = self.runner.attempt(index, {x.name: feed})
+            found = self.runner.attempt(unit, {x.name: feed})
             if found is not None and found.tobytes() == expected.tobytes():
                 return last_axis
         return None
@@ -461,10 +546,10 @@ class Network:
             .reshape(n, rows, *tail)
             for name, shift in zip(unit.inputs, (8, 0), strict=False)
         ]  # fmt: skip
-        session, outputs = self.runner.session(index), []
+        session, outputs = self.runner.session(unit), []
         for start in range(0, n, step := self.group or n):
             part = [feed[start : start + step] for feed in feeds]
-            outputs.append(self.runner.run(session, index, part)[0])
+            outputs.append(self.runner.run(session, unit, part)[0])
         return np.concatenate(outputs).view(np.uint8).reshape(-1)[: 2**16].copy()
 
     def _linear(self, index: int, table: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -497,7 +582,12 @@ class Network:
             return 1
         values = sum(self.cut.values[name].bytes_per_image for name in self.kept_values)
         sums = sum(layer.acc_bytes for layer in self.layers.values())
-        return values + sums + 2 * workers * values
+        copies = sum(
+            int(np.prod(layer.x_shape)) + layer.acc_bytes
+            for index, layer in self.layers.items()
+            if self._worth_copying(index)
+        )
+        return values + sums + copies + 2 * workers * values
 
     def keep(self, x: Array, allocate: Allocate = np.empty) -> Kept:
         """The golden run of images (N, ...) as the data set has them.
@@ -507,7 +597,14 @@ class Network:
         x = runtime.adapt(x, self.session)
         output = runtime.run(self.session, x)
         if self.why:
-            return Kept(n=len(x), output=output, values={}, sums={})
+            return Kept(
+                n=len(x),
+                output=output,
+                values={},
+                sums={},
+                inputs_by_channel={},
+                sums_by_channel={},
+            )
         if self.group:
             short = -len(x) % self.group if len(x) % self.group and self._fixed else 0
             x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
@@ -531,8 +628,37 @@ class Network:
                 )
         if values[c.output][: len(output)].tobytes() != output.tobytes():
             self.why = "the optimized graph, stored and loaded again, answers otherwise"
-            return Kept(n=len(x), output=output, values={}, sums={})
-        return Kept(n=len(x), output=output, values=values, sums=self._sums(values, allocate))
+            return Kept(
+                n=len(x),
+                output=output,
+                values={},
+                sums={},
+                inputs_by_channel={},
+                sums_by_channel={},
+            )
+        sums = self._sums(values, allocate)
+        copied = [index for index in sums if self._worth_copying(index)]
+        return Kept(
+            n=len(x),
+            output=output,
+            values=values,
+            sums=sums,
+            inputs_by_channel={i: _by_channel(self._input(i, values), allocate) for i in copied},
+            sums_by_channel={i: _by_channel(sums[i], allocate) for i in copied},
+        )
+
+    def _input(self, index: int, values: Mapping[str, Array]) -> Bytes:
+        return self.layers[index].x(values[self.cut.units[index].inputs[0]])
+
+    def _worth_copying(self, index: int) -> bool:
+        """Does a fault in a layer cost much there, compared with what it can cost behind?
+
+        Then copies that lie channel by channel are kept.
+        """
+        layer = self.layers[index]
+        behind = sum(other.macs for i, other in self.layers.items() if i > index)
+        positions = int(np.prod(layer.y_shape[:2]))
+        return layer.y_shape[2] > 1 and positions * POSITION_MACS > behind
 
     @property
     def _fixed(self) -> bool:
@@ -636,12 +762,29 @@ class Fast:
 
     def _propagate(self, change: Change) -> Changed | None:
         """Run the units behind a change in their order, each on the images that changed so far."""
+        passed: list[tuple[Pace, int, float]] = []
+        output = self._behind(change, passed)
+        for pace, images, start in passed:
+            pace.add(images, time.thread_time() - start)
+        return output
+
+    def _behind(self, change: Change, passed: list[tuple[Pace, int, float]]) -> Changed | None:
+        """`_propagate`, which notes where it could have run the rest in one, and when."""
         network = self._network
         changed: dict[str, Changed] = {}
         flips = {name: entry for name, entry in change.items() if isinstance(entry, Flips)}
+        struck = network.last_struck(change)
         for name in flips.keys() - network.made:  # nothing can change it before
             changed[name] = self._flipped(name, flips[name], NO_CHANGE)
         for index in network.active:
+            if index > struck and not changed:
+                break
+            if index > struck and index in network.ends:
+                pace, images = self._pace(index, changed)
+                end = network.end(index, self._kept)
+                if end is not None and pace.slower(network.seconds_behind(index)):
+                    return self._ended(end, changed)
+                passed.append((pace, images, time.thread_time()))
             unit = network.cut.units[index]
             faulty = {name: change[name] for name in change.keys() & unit.initializers}
             inputs = {name: changed[name] for name in unit.inputs if name in changed}
@@ -656,6 +799,19 @@ class Fast:
                 if network.last_use[name] == index:
                     changed.pop(name, None)
         return changed.get(network.cut.output)
+
+    def _pace(self, index: int, changed: Mapping[str, Changed]) -> tuple[Pace, int]:
+        """What is known about going on from unit `index`, and how many images would."""
+        images = len(self._union(changed))
+        entries = sum(len(new.places) + new.rows.size for new in changed.values())
+        return self._network.pace(index, entries // images), images
+
+    def _ended(self, end: Unit, changed: Mapping[str, Changed]) -> Changed:
+        """What the rest of the network, run in one, makes of all that has changed."""
+        (name,) = end.outputs
+        output = self._output(name)
+        self._dense(end, changed, {}, self._union(changed), {name: output})
+        return output.changed()
 
     def _unit(self, index: int, inputs: dict[str, Changed], faulty: Change) -> dict[str, Changed]:
         """The outputs of one unit that change, given its changed inputs and initializers."""
@@ -673,7 +829,7 @@ class Fast:
             self._pool(index, inputs, outputs[unit.outputs[0]])
         else:
             images = self._all if faulty else self._union(inputs)
-            self._dense(index, inputs, faulty, images, outputs)
+            self._dense(unit, inputs, faulty, images, outputs)
         return {name: output.changed() for name, output in outputs.items()}
 
     def _flipped(self, name: str, flips: Flips, new: Changed) -> Changed:
@@ -734,13 +890,12 @@ class Fast:
         return rows
 
     def _dense(
-        self, index: int, inputs: Mapping[str, Changed], faulty: Change, images: Images,
+        self, unit: Unit, inputs: Mapping[str, Changed], faulty: Change, images: Images,
         outputs: Mapping[str, Output],
     ) -> None:  # fmt: skip
         """Run a unit on some images with onnxruntime; what comes out unchanged is dropped."""
         network, kept = self._network, self._kept
-        unit = network.cut.units[index]
-        session = network.runner.session(index, network.faulty(faulty))
+        session = network.runner.session(unit, network.faulty(faulty))
         slots = {name: self._slot(changed) for name, changed in inputs.items()}
         for start in range(0, len(images), step := network.group or runtime.CHUNK):
             part = images[start : start + step]
@@ -752,7 +907,7 @@ class Fast:
                 else kept.values[name][part]
                 for name in unit.inputs
             ]
-            results = network.runner.run(session, index, feeds)
+            results = network.runner.run(session, unit, feeds)
             for name, new in zip(unit.outputs, results, strict=True):
                 rows, found = outputs[name].room(len(part))
                 outputs[name].n_whole += kernels.differing(
@@ -807,7 +962,7 @@ class Fast:
         planes = np.empty((PLANES + channels, x.shape[1] // channels), np.uint8)
         numbers, which = (np.empty(len(planes), np.int64) for _ in range(2))
         seen, k = np.empty(channels, np.int64), 0
-        session = network.runner.session(index)
+        session = network.runner.session(unit)
         whole = [new.whole]
         while k < len(new.listed):
             begin = k
@@ -827,7 +982,7 @@ class Fast:
             )
         images = np.concatenate(whole)
         if len(images):
-            self._dense(index, inputs, {}, images, {target: output})
+            self._dense(unit, inputs, {}, images, {target: output})
 
     def _layer(
         self, index: int, layer: Layer, inputs: dict[str, Changed], faulty: Change, output: Output
@@ -846,10 +1001,18 @@ class Fast:
         rest = np.empty(0, np.int64)
         if faulty:
             rest = np.delete(self._all, new.images) if len(new.images) else self._all
+            kept, o = self._kept, taps[0, 0]
             while True:
-                k, output.n_listed, output.n_entries = kernels.faulty_weights(
-                    rest, k, x, acc, y, layer.scale, g, taps, delta, *output.lists
-                )
+                k, output.n_listed, output.n_entries = (
+                    kernels.faulty_channel(
+                        rest, k, kept.inputs_by_channel[index], kept.sums_by_channel[index][o],
+                        o, acc.shape[3], layer.scale[o], g, taps, delta, *output.lists
+                    )
+                    if index in kept.sums_by_channel and (taps[:, 0] == o).all()
+                    else kernels.faulty_weights(
+                        rest, k, x, acc, y, layer.scale, g, taps, delta, *output.lists
+                    )
+                )  # fmt: skip
                 if k == len(rest) or not output.grow():
                     break
             rest, k = rest[k:], 0
@@ -865,7 +1028,7 @@ class Fast:
         left = new.images[k:] if len(new.images) else new.images
         images = np.concatenate([rest, new.images[dense[:n_dense]], left])
         if len(images):
-            self._dense(index, inputs, faulty, images, {name: output})
+            self._dense(unit, inputs, faulty, images, {name: output})
 
     def _taps(self, layer: Layer, faulty: Change) -> tuple[Images, Images]:
         """Changed weights of a layer as `kernels` takes them."""
@@ -881,3 +1044,13 @@ class Fast:
 def _bytes(value: Array) -> NDArray[np.uint8]:
     """(N, ...) as (N, bytes)."""
     return np.ascontiguousarray(value).reshape(len(value), -1).view(np.uint8)
+
+
+def _by_channel(value: Array, allocate: Allocate) -> Array:
+    """A copy (C, N, H, W) of (N, H, W, C)."""
+    n, height, width, channels = value.shape
+    copy = allocate((channels, n, height, width), value.dtype)
+    for start in range(0, n, runtime.CHUNK):  # in parts that stay in the cache
+        part = slice(start, start + runtime.CHUNK)
+        copy[:, part] = value[part].transpose(3, 0, 1, 2)
+    return copy

@@ -93,6 +93,15 @@ class Cut:
         )
         return _model(graph, self.model)
 
+    def joined(self, indexes: Iterable[int]) -> Unit | None:
+        """The units `indexes`, up to the one that makes the output, as one unit.
+
+        None when two of them make the same value for themselves.
+        """
+        nodes = list({id(node): node for i in indexes for node in self.units[i].nodes}.values())
+        made = [name for node in nodes for name in node.output if name]
+        return _unit(nodes, [self.output], self.values) if len(made) == len(set(made)) else None
+
     def whole_model(
         self, outputs: Iterable[str], changed: Mapping[str, TensorProto] = NOTHING
     ) -> bytes:
@@ -329,23 +338,25 @@ class Runner:
     def __init__(self, cut: Cut, *, precise: bool | None = None) -> None:
         self.cut = cut
         self._precise = precise
-        self._sessions: dict[int, ort.InferenceSession] = {}
+        self._sessions: dict[int, tuple[Unit, ort.InferenceSession]] = {}
 
-    def session(self, index: int, changed: Mapping[str, TensorProto] = NOTHING) -> Any:
+    def session(self, unit: Unit, changed: Mapping[str, TensorProto] = NOTHING) -> Any:
         """The session of a unit; with changed initializers a new one that is not kept."""
-        unit = self.cut.units[index]
         if changed:
             return self._build(self.cut.unit_model(unit, changed))
-        if index not in self._sessions:
-            self._sessions[index] = self._build(self.cut.unit_model(unit))
-        return self._sessions[index]
+        if id(unit) not in self._sessions:  # which keeps the unit, and so its number, alive
+            self._sessions[id(unit)] = unit, self._build(self.cut.unit_model(unit))
+        return self._sessions[id(unit)][1]
+
+    def has(self, unit: Unit) -> bool:
+        """Has the unit been needed before?"""
+        return id(unit) in self._sessions
 
     def _build(self, model: bytes) -> ort.InferenceSession:
         return runtime.build(model, level="off", precise=self._precise)
 
-    def run(self, session: Any, index: int, inputs: Sequence[Array]) -> list[Array]:
+    def run(self, session: Any, unit: Unit, inputs: Sequence[Array]) -> list[Array]:
         """Outputs (K, rows, ...) of a unit for inputs (K, rows, ...), in one call."""
-        unit = self.cut.units[index]
         feeds = {
             name: array.reshape(-1, *self.cut.values[name].tail)
             for name, array in zip(unit.inputs, inputs, strict=True)
@@ -356,9 +367,9 @@ class Runner:
             for name, output in zip(unit.outputs, outputs, strict=True)
         ]
 
-    def attempt(self, index: int, feeds: Mapping[str, Array]) -> Array | None:
+    def attempt(self, unit: Unit, feeds: Mapping[str, Array]) -> Array | None:
         """The first output for inputs of another shape; None when the unit does not take them."""
         try:
-            return np.asarray(self.session(index).run(self.cut.units[index].outputs, feeds)[0])
+            return np.asarray(self.session(unit).run(unit.outputs, feeds)[0])
         except Exception:  # onnxruntime's exceptions share no base class
             return None

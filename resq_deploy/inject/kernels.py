@@ -147,6 +147,64 @@ def faulty_weights(
 
 
 @_compiled
+def faulty_channel(
+    images, begin, x, acc, o, n_out, scale, g, taps, delta, n_found, count, found, first, places,
+    codes,
+):  # fmt: skip
+    """`faulty_weights` for weights of one output channel, from copies that lie channel by channel.
+
+    x (C, N, H, W) holds bytes, `acc` (N, P, Q) the accumulators of the output channel `o` of
+    `n_out`, `scale` is that of the channel. What a position needs of a layer with channels last
+    lies in as many cache lines as there are arrays; here sixteen positions and more share one.
+    """
+    height, width = x.shape[2], x.shape[3]
+    rows, columns = acc.shape[1], acc.shape[2]
+    zero, flip = np.int32(g.y_zero), np.int32(g.y_flip)
+    x_zero, x_flip = np.int32(g.x_zero), np.uint8(g.x_flip)
+    first_channel = o // (n_out // g.groups) * (x.shape[0] // g.groups)
+    change = np.empty((rows, columns), np.int32)
+    after, different = np.empty(rows * columns, np.uint8), np.empty(rows * columns, np.uint8)
+    for k in range(begin, images.size):
+        n = images[k]
+        if count + rows * columns > places.size:
+            return k, n_found, count
+        change[:] = 0
+        for f in range(delta.size):
+            plane = x[first_channel + taps[f, 1], n]
+            step = np.int32(delta[f])
+            top = taps[f, 2] * g.dilation_h - g.pad_h
+            left = taps[f, 3] * g.dilation_w - g.pad_w
+            start = max(0, (g.stride_w - 1 - left) // g.stride_w)
+            stop = min(columns, (width - 1 - left) // g.stride_w + 1)
+            for p in range(rows):
+                i = p * g.stride_h + top
+                if i < 0 or i >= height:
+                    continue
+                if g.stride_w == 1:  # the same, as vector code
+                    for q in range(start, stop):
+                        change[p, q] += step * (np.int32(plane[i, q + left] ^ x_flip) - x_zero)
+                else:
+                    for q in range(start, stop):
+                        j = q * g.stride_w + left
+                        change[p, q] += step * (np.int32(plane[i, j] ^ x_flip) - x_zero)
+        sums, more = acc[n].reshape(-1), change.reshape(-1)
+        any_different = np.uint8(0)
+        for r in range(sums.size):
+            after[r] = _requantize(np.int32(sums[r] + more[r]), scale, zero, flip)
+            different[r] = after[r] ^ _requantize(sums[r], scale, zero, flip)
+            any_different = np.uint8(any_different | different[r])
+        if any_different != 0:
+            found[n_found], first[n_found] = n, count
+            for r in range(sums.size):
+                places[count] = r * n_out + o
+                codes[count] = after[r]
+                count += different[r] != 0
+            n_found += 1
+            first[n_found] = count
+    return images.size, n_found, count
+
+
+@_compiled
 def _count_different(a, b, size):
     """In how many of `size` bytes at two addresses do they differ (address, address)?"""
     count = 0

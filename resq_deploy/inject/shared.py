@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from tempfile import TemporaryFile
 from typing import Any
@@ -36,15 +37,22 @@ class Handle:
     output: Array
     values: dict[str, Place]
     sums: dict[int, Place]
+    inputs_by_channel: dict[int, Place]
+    sums_by_channel: dict[int, Place]
 
     def open(self) -> Kept:
         """The golden run, mapped read-only."""
         return Kept(
             n=self.n,
             output=self.output,
-            values={name: _map(self.path, place, "r") for name, place in self.values.items()},
-            sums={index: _map(self.path, place, "r") for index, place in self.sums.items()},
+            values=self._open(self.values),
+            sums=self._open(self.sums),
+            inputs_by_channel=self._open(self.inputs_by_channel),
+            sums_by_channel=self._open(self.sums_by_channel),
         )
+
+    def _open(self, places: dict[Any, Place]) -> dict[Any, Array]:
+        return {key: _map(self.path, place, "r") for key, place in places.items()}
 
 
 class Shared:
@@ -82,9 +90,14 @@ class Shared:
             path=self.path,
             n=kept.n,
             output=kept.output,
-            values={name: self._places[id(array)] for name, array in kept.values.items()},
-            sums={index: self._places[id(array)] for index, array in kept.sums.items()},
+            values=self._found(kept.values),
+            sums=self._found(kept.sums),
+            inputs_by_channel=self._found(kept.inputs_by_channel),
+            sums_by_channel=self._found(kept.sums_by_channel),
         )
+
+    def _found(self, arrays: Mapping[Any, Array]) -> dict[Any, Place]:
+        return {key: self._places[id(array)] for key, array in arrays.items()}
 
     def close(self) -> None:
         """Give the room back once no process maps it any more."""
