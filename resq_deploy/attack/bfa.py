@@ -2,8 +2,8 @@
 
 The attacker knows the network and a batch of images, and flips stored bits one after the other.
 Each time the twin's gradients rank the bits of every layer, the first ones of each layer are
-tried, and the flip that raises the loss of the batch most is kept. Every prefix of the sequence
-then runs on the exported file, on images that the attacker does not have.
+tried on the exported file, and the flip that raises the loss of the batch most is kept. Every
+prefix of the sequence also runs on images that the attacker does not have.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +55,10 @@ class Candidate:
     bit: int
     gain: float
     """By how much the loss of the batch rises, to first order."""
+
+    @property
+    def site(self) -> Site:
+        return Site(tensor=f"{self.layer}.weight", offset=self.offset, bit=self.bit)
 
     def flipped(self, masks: Masks, shape: torch.Size) -> Masks:
         """`masks` with this bit flipped too."""
@@ -127,42 +131,8 @@ def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> li
     return found
 
 
-def loss(net: nn.Module, masks: Masks, batch: Dataset) -> float:
-    """The damage to the twin with the stored bits of `masks` flipped."""
-    return float(damage(evaluate.logits(net, batch.x, masks=masks), torch.from_numpy(batch.y)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """A flip that was kept."""
-
-    chosen: Candidate
-    loss: float
-    """Of the attack batch, after the flip."""
-    masks: Masks
-    """All flips so far."""
-
-
-def search(net: nn.Module, batch: Dataset) -> Iterator[Step]:
-    """Flips in the order in which they are kept; ends when no bit is expected to do harm."""
-    shapes = {name: cast(Tensor, layer.weight).shape for name, layer in weight_layers(net).items()}
-    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
-    masks: Masks = {}
-    while True:
-        tried = [
-            (candidate, candidate.flipped(masks, shapes[candidate.layer]))
-            for candidate in candidates(net, masks, x, y, TRIED)
-        ]
-        if not tried:
-            return
-        losses = [loss(net, after, batch) for _, after in tried]
-        best = int(np.nanargmax(losses))
-        chosen, masks = tried[best]
-        yield Step(chosen=chosen, loss=losses[best], masks=masks)
-
-
 class _File:
-    """The exported file with bits flipped, on images that the attacker does not have."""
+    """The exported file with bits flipped, on some images."""
 
     def __init__(self, raw: bytes, net: nn.Module, images: Dataset) -> None:
         found = space.discover(runtime.parse_model(raw))
@@ -189,11 +159,49 @@ class _File:
                     "checkpoint that the file was exported from"
                 )
 
-    def correct(self, sites: list[Site]) -> NDArray[np.bool_]:
-        """(N,) is the top-1 the label, with the bits at `sites` flipped?"""
+    def _scores(self, sites: Sequence[Site]) -> NDArray[Any]:
         flat = np.array([self._memory.space.flat(site) for site in sites], np.int64)
-        output = self._engine.run(self._memory.read(np.sort(flat)))
-        return np.asarray(top1(output) == self._y)
+        return self._engine.run(self._memory.read(np.sort(flat)))
+
+    def correct(self, sites: Sequence[Site]) -> NDArray[np.bool_]:
+        """(N,) is the top-1 the label, with the bits at `sites` flipped?"""
+        return np.asarray(top1(self._scores(sites)) == self._y)
+
+    def damage(self, sites: Sequence[Site]) -> float:
+        """`damage` with the bits at `sites` flipped."""
+        return float(damage(torch.from_numpy(self._scores(sites)), torch.from_numpy(self._y)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A flip that was kept."""
+
+    chosen: Candidate
+    loss: float
+    """Of the attack batch, after the flip."""
+    masks: Masks
+    """All flips so far."""
+
+
+def search(net: nn.Module, file: _File, batch: Dataset) -> Iterator[Step]:
+    """Flips in the order in which they are kept; ends when no bit is expected to do harm.
+
+    `file` is the exported one, on the images of `batch`.
+    """
+    shapes = {name: cast(Tensor, layer.weight).shape for name, layer in weight_layers(net).items()}
+    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
+    masks: Masks = {}
+    sites: list[Site] = []
+    while True:
+        tried = candidates(net, masks, x, y, TRIED)
+        if not tried:
+            return
+        losses = [file.damage([*sites, candidate.site]) for candidate in tried]
+        best = int(np.nanargmax(losses))
+        chosen = tried[best]
+        masks = chosen.flipped(masks, shapes[chosen.layer])
+        sites.append(chosen.site)
+        yield Step(chosen=chosen, loss=losses[best], masks=masks)
 
 
 def chance(n_classes: int, y: NDArray[np.int64]) -> float:
@@ -202,7 +210,7 @@ def chance(n_classes: int, y: NDArray[np.int64]) -> float:
 
 
 def _sequence(
-    file: _File, net: nn.Module, batch: Dataset, images: Dataset, flips: int, limit: float
+    file: _File, steps: Iterator[Step], net: nn.Module, images: Dataset, flips: int, limit: float
 ) -> dict[str, Any]:
     """One search: its flips, and the accuracy of the file after each, down to `limit`."""
     sites: list[Site] = []
@@ -210,11 +218,9 @@ def _sequence(
     masks: Masks = {}
     correct = file.correct([])
     with progress.bar(flips, "flips") as bar:
-        for step in search(net, batch):
+        for step in steps:
             chosen, masks = step.chosen, step.masks
-            sites.append(
-                Site(tensor=f"{chosen.layer}.weight", offset=chosen.offset, bit=chosen.bit)
-            )
+            sites.append(chosen.site)
             correct = file.correct(sites)
             rows.append(
                 vars(sites[-1])
@@ -274,7 +280,8 @@ def bfa(
     for number in range(n_seeds):
         drawn = seeds.stream(seed, "bfa", number).choice(len(data) - n, batch, replace=False)
         attacker = data.take(n + np.sort(drawn))
-        searches.append(_sequence(file, net, attacker, measured, flips, level + MARGIN))
+        steps = search(net, _File(raw, net, attacker), attacker)
+        searches.append(_sequence(file, steps, net, measured, flips, level + MARGIN))
     longest = max(len(found["flips"]) for found in searches)
     return {
         "model_sha256": artifacts.sha256(model),
