@@ -41,7 +41,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _read(path: Path) -> onnx.ModelProto:
+def read(path: Path) -> onnx.ModelProto:
+    """A float ONNX file, at opset 13 or newer, weights as constants; InputError for another."""
     model = runtime.parse_model(runtime.read_model(path), str(path))
     found = {node.op_type for node in model.graph.node}.intersection(QUANTIZED)
     if found:
@@ -95,7 +96,7 @@ def quantize(model: Path, images: Dataset, *, out: Path) -> dict[str, Any]:
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.batches, None)
 
-    source = _read(model)
+    source = read(model)
     before = runtime.session(source.SerializeToString(), threads=0)
     x = runtime.adapt(images.x, before)
     if x.dtype.kind != "f":

@@ -21,7 +21,7 @@ import models
 from resq_deploy import bits, data, encoding, recipe, runtime
 from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
-from resq_deploy.export import QDQ, c_decoder, checks, decoders, export, saf
+from resq_deploy.export import QDQ, c_decoder, checks, decoders, export
 from resq_deploy.inject import memory, space
 from resq_deploy.inject.fast import Fast, Network
 from resq_deploy.inject.reload import Reload
@@ -466,57 +466,3 @@ def test_decoders_that_stay_in_the_graph_are_refused() -> None:
     _, encoded = encoded_file("parity:zero")
     with pytest.raises(ExportError, match=r"does not fold the decoders .*: \+1 x QLinearAdd"):
         checks.same_kernels(encoded, runtime.kernels(encoded) | {"QLinearAdd": 0})
-
-
-# --------------------------------------------------------------------------- float storage
-
-
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
-@pytest.mark.parametrize("tau", ["none", *saf.TAUS])
-def test_float_weights_are_struck_as_stored_and_read_through_tau(tau: str, half: bool) -> None:
-    model, plain = models.float_resnet(), models.float_resnet()
-    saf.store_through(model, tau, half=half)
-    original = {t.name: numpy_helper.to_array(t) for t in plain.graph.initializer}
-    found = space.discover(model, ["float"])
-    assert {(t.name, t.dtype, t.op_type) for t in found.space.tensors} == {
-        (name, "float16" if half else "float32", op)
-        for name, op in [("w1", "Conv"), ("w2", "Conv"), ("w3", "Gemm")]
-    }
-    mem = memory.Memory.of(found)
-    assert mem.n_bits == (16 if half else 32) * 196
-    flips = bits.random_positions(mem.n_bits, 0.01, np.random.default_rng(1))
-    change = mem.read(flips)
-    proto = {t.name: t for t in found.model.graph.initializer}
-    reads = {name: found.decoders.read.get(name, (name,))[0] for name in ("w1", "w2", "w3")}
-    for name, read in reads.items():
-        faultless = numpy_helper.to_array(proto[name]).astype(np.float32)
-        if read != name:
-            part = runtime.constant_part(found.model, [name], [read])
-            session = runtime.build(part)
-            faultless = session.run([read], {name: numpy_helper.to_array(proto[name])})[0]
-            offsets, values = change[name]
-            faulty = numpy_helper.to_array(proto[name]).copy()
-            faulty.reshape(-1)[offsets] = values
-            weights = session.run([read], {name: faulty})[0]
-            if tau != "none":
-                bound = saf.ROOM * np.abs(original[name]).max() * (1 + 1e-6)
-                assert (np.isnan(faulty) | (np.abs(weights) <= bound)).all()
-            tensor = next(t for t in plain.graph.initializer if t.name == name)
-            tensor.CopyFrom(numpy_helper.from_array(weights, name))
-        np.testing.assert_allclose(faultless, original[name], rtol=0, atol=2e-3 if half else 1e-6)
-    if tau != "none" and not half:  # the oracle: a file with what was read
-        x = models.data().x
-        expected = runtime.run(runtime.session(plain.SerializeToString(), level="off"), x)
-        session = runtime.session(found.model.SerializeToString())
-        engine = Reload(found.model, found.space, x)
-        np.testing.assert_allclose(engine.run(change), expected, rtol=1e-4, atol=1e-5)
-        assert not np.allclose(engine.run(change), runtime.run(session, x))
-        assert "float weights" in Network(found, x).why
-
-
-def test_unknown_taus_and_models_without_float_weights_are_refused() -> None:
-    with pytest.raises(InputError, match="tau 'relu' is unknown; expected none or one of tanh"):
-        saf.store_through(models.float_resnet(), "relu")
-    with pytest.raises(InputError, match="no float weights"):
-        model = onnx.load_model_from_string(models.quantized("qdq-channel"))
-        saf.store_through(model, "tanh")

@@ -1,0 +1,135 @@
+"""A float network under weight faults, by how its weights are stored and its activations bounded.
+
+    python benchmarks/floats.py models/cifar10-resnet8.toml --work runs/floats --write docs
+
+Takes the float network of a recipe, folds its batch norm, stores it with `resq-deploy store` in
+every way, without training, and runs the same bit error rates on every file. Files that store as
+many bits see the same fault patterns. Campaigns that exist in the work folder go on where they
+stopped. Writes the table between the marks in floats.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from onnx import load_model, numpy_helper
+from tabulate import tabulate
+
+from resq_deploy import artifacts, data, floats, metrics, progress, recipe, runtime, static
+from resq_deploy.data.base import Dataset
+from resq_deploy.export.qdq import BATCH_AXIS, INPUT, OUTPUT, quiet
+from resq_deploy.inject import inject
+from resq_deploy.nets import checkpoint
+from resq_deploy.nets.quantized import fold
+from resq_deploy.train import train
+
+RATES = (1e-6, 1e-5, 1e-4, 1e-3)
+# storage, and the bounds of activations
+ROWS = (
+    *((f"{kind}{how}", None) for kind in ("float32", "float16")
+      for how in ("", *(f":{tau}" for tau in floats.TAUS), ":scaled")),
+    ("float32:scaled:4", None),
+    ("float32:scaled:64", None),
+    ("float16:scaled:8", None),
+    *((f"{kind}{how}", None) for kind in ("q4.3", "q2.5") for how in ("", ":scaled")),
+    *(("float32", how) for how in floats.BOUNDS),
+    ("float32:tanh", "ranger"),
+)  # fmt: skip
+BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+
+
+def float_file(made: recipe.Recipe, work: Path, shape: tuple[int, ...]) -> Path:
+    """The float network of a recipe as an ONNX file, batch norm folded."""
+    net, _ = checkpoint.load(train(made, "float", out=work / "float"))
+    out = work / "float.onnx"
+    with quiet():
+        torch.onnx.export(
+            fold(net), (torch.zeros(1, *shape),), str(out), dynamo=False, opset_version=19,
+            input_names=[INPUT], output_names=[OUTPUT],
+            dynamic_axes={INPUT: {0: BATCH_AXIS}, OUTPUT: {0: BATCH_AXIS}},
+        )  # fmt: skip
+    return out
+
+
+def n_bytes(path: Path, found: dict[str, Any]) -> int:
+    """What the weights take, and the bounds of activations, which no fault strikes here."""
+    bounds = [t for t in load_model(path).graph.initializer if t.name.endswith(".bound")]
+    return int(found["protection"]["data_bytes"]) + sum(
+        numpy_helper.to_array(t).nbytes for t in bounds
+    )
+
+
+def interval(value: float, low: float, high: float) -> str:
+    """Percent."""
+    return f"{100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def row(
+    source: Path, storage: str, how: str | None, images: Dataset, few: Dataset, draws: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Cells of one file, and its campaign."""
+    stem = "-".join([*storage.split(":"), *([how] if how else [])])
+    model, path = source.with_name(f"{stem}.onnx"), source.with_name(f"{stem}.store")
+    made = floats.store(source, out=model, storage=storage, how=how, images=images if how else None)
+    found = inject(
+        model, few, out=path, fault="ber", targets=(made["target"],), rates=RATES, draws=draws,
+        resume=path.exists(), show=progress.bar,
+    )  # fmt: skip
+    golden = found["golden"]
+    clean = metrics.wilson(golden["n_correct"], golden["n_total"], 0.95)
+    cells = [
+        f"`{storage}`" + (f", `--bound {how}`" if how else ""),
+        f"{n_bytes(model, found):,}",
+        interval(clean.value, clean.low, clean.high),
+        *(interval(r["mean"], r["low"], r["high"]) for r in found["per_rate"]),
+        f"{100 * found['per_rate'][RATES.index(1e-5)]['worst']:.1f}",
+    ]
+    return cells, found
+
+
+@click.command()
+@click.argument("base", type=click.Path(path_type=Path))
+@click.option("--images", default=500, show_default=True, help="Test images.")
+@click.option("--draws", default=50, show_default=True, help="Fault patterns per rate.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Files and stores.")
+@click.option("--write", type=click.Path(path_type=Path), help="Folder of floats.md.")
+def main(base: Path, images: int, draws: int, work: Path, write: Path | None) -> None:
+    """Accuracy of the float network of the recipe BASE under bit errors, by storage."""
+    made = recipe.load(base)
+    splits = data.of(made.data)
+    few = splits.test.first(images)
+    source = float_file(made, work, few.x.shape[1:])
+    profile = static.choose(splits.train or splits.test, 512)
+    rows = []
+    for storage, how in ROWS:
+        cells, found = row(source, storage, how, profile, few, draws)
+        rows.append(cells)
+    head = ["stored as", "bytes", "clean, %", *(f"BER {r:g}" for r in RATES), "worst at 1e-05"]
+    versions = ", ".join(f"{k} {v}" for k, v in runtime.versions().items() if k != "resq_deploy")
+    text = "\n".join(
+        [
+            str(tabulate(rows, head, tablefmt="github", disable_numparse=True)),
+            "",
+            f"Accuracy in percent of the float network of `{made.name}` on {images} test images:",
+            "clean with its 95 % Wilson interval, at each bit error rate the mean over",
+            f"{draws} fault patterns with its 95 % bootstrap interval; the worst pattern at 1e-5.",
+            "Faults strike the stored weights. Bounds are those of 512 training images; they are",
+            "counted in the bytes, and not struck.",
+            f"{found['cpu']['name']}; {versions}, torch {artifacts.versions()['torch']}.",
+            f"Command: `python benchmarks/floats.py models/{base.name} --images {images}",
+            f"--draws {draws} --work runs/floats --write docs`.",
+        ]
+    )
+    click.echo(text)
+    if write is not None:
+        page = write / "floats.md"
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        after = rest.partition(END)[2]
+        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

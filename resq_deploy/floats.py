@@ -1,0 +1,250 @@
+"""A float ONNX file made to bear faults: how its weights are stored, how activations are bounded.
+
+A float that loses a bit of its exponent can become 1e38. Nothing here trains. Weights may be read
+through a saturated activation function (Fuengfusin and Tamukoh, arXiv 2411.19027): a file that
+stores v and computes with w = bound tau(v) cannot read more than the bound of a tensor, whatever
+is flipped short of a NaN, and v = tau^-1(w / bound) keeps the network as it is (the paper also
+trains with tau in place). Or they are multiplied before they are stored and divided when they are
+read (weight scaling, the same authors, arXiv 2411.18993). Activations may be clipped behind every
+ReLU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from resq_deploy import artifacts, runtime, static
+from resq_deploy.data.base import Dataset
+from resq_deploy.errors import InputError
+
+Real = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tau:
+    """A saturated activation function: the operator `op` of `slope` v, which ends at `bound`."""
+
+    op: str
+    inverse: Callable[[Real], Real]
+    """Of the operator."""
+    bound: float = 1.0
+    slope: float = 1.0
+    attributes: tuple[float, ...] = ()
+    """More inputs of the operator."""
+
+
+TAUS = {
+    "tanh": Tau(op="Tanh", inverse=np.arctanh),
+    "arctan": Tau(op="Atan", inverse=np.tan, bound=np.pi / 2),
+    "softsign": Tau(op="Softsign", inverse=lambda y: y / (1 - np.abs(y))),
+    "hardtanh": Tau(op="Clip", inverse=lambda y: y, attributes=(-1.0, 1.0)),
+    "lecun-tanh": Tau(op="Tanh", inverse=np.arctanh, slope=2 / 3),
+}
+"""The functions of `encoding.saf`; the factor in front of the last is part of the tensor's own."""
+
+READINGS = ("plain", "scaled", *TAUS)
+BOUNDS = ("ranger", "zero", "neuron")
+FORMAT = re.compile(r"float32|float16|q(?P<m>[0-7])\.(?P<n>[0-7])")
+
+ROOM = 1.02
+"""The bound of a tensor, relative to max|w|: the inverse of tau at its bound is infinite."""
+TOP = {"float32": 126, "float16": 14}
+"""Scaled weights lie below 2 to this power, unless told: next to the end of the format, so that
+what is finite is read as 8 max|w| at most."""
+
+MATRICES = ("Conv", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """A number format, and what stands between the stored numbers and the weights."""
+
+    format: str
+    """float32, float16, or qM.N: int8 codes of 2^-N, of which M bits lie before the point."""
+    reading: str = "plain"
+    """plain; scaled; or a key of TAUS."""
+    top: int | None = None
+    """Scaled floats lie below 2 to this power."""
+
+    @property
+    def fraction_bits(self) -> int | None:
+        """N of qM.N; None for floats."""
+        found = FORMAT.fullmatch(self.format)
+        return int(found["n"]) if found and found["n"] else None
+
+
+def parse(name: str) -> Storage:
+    """`FORMAT`, `FORMAT:READING` or `FORMAT:scaled:K`, such as float16:tanh; scaled weights then
+    lie below 2 to the power of K. InputError says what there is."""
+    kind, _, reading = name.partition(":")
+    found = FORMAT.fullmatch(kind)
+    fixed = found is not None and found["n"] is not None
+    if found is None or (fixed and int(found["m"]) + int(found["n"]) != 7):
+        raise InputError(
+            f"format {kind!r} is unknown; expected float32, float16, or qM.N with M + N = 7, such "
+            "as q2.5"
+        )
+    scaled = re.fullmatch(r"scaled:(-?\d{1,3})", reading)
+    if scaled and not fixed and int(scaled[1]) <= {"float32": 128, "float16": 16}[kind]:
+        return Storage(format=kind, reading="scaled", top=int(scaled[1]))
+    if (reading or "plain") not in READINGS or (fixed and reading in TAUS):
+        known = ", ".join(READINGS[:2] if fixed else (*READINGS, "scaled:K"))
+        raise InputError(f"reading {reading!r} is unknown for {kind}; expected one of {known}")
+    return Storage(format=kind, reading=reading or "plain", top=TOP.get(kind))
+
+
+def _factor(w: Real, storage: Storage) -> float:
+    """What scaled weights are multiplied by: the greatest power of two that keeps their range."""
+    n = storage.fraction_bits
+    top = np.log2(127 / 2**n) if n is not None else storage.top
+    return float(2.0 ** np.floor(top - np.log2(max(np.abs(w).max(), 1e-30))))
+
+
+def _through(w: Real, storage: Storage) -> tuple[NDArray[Any], list[tuple[str, list[Any], Any]]]:
+    """What is stored for weights, and the operators that read it: type, more inputs, attributes."""
+    half, n, name = storage.format == "float16", storage.fraction_bits, storage.reading
+    factor = _factor(w, storage) if name == "scaled" else 1.0
+    if n is not None:
+        codes = np.clip(np.rint(w * factor * 2**n), -127, 127).astype(np.int8)
+        return codes, [("DequantizeLinear", [2.0**-n / factor], {})]
+    steps: list[tuple[str, list[Any], Any]] = []
+    if half:
+        steps.append(("Cast", [], {"to": TensorProto.FLOAT}))
+    if name == "scaled":
+        w = w * factor
+        steps.append(("Mul", [1 / factor], {}))
+    elif name != "plain":
+        tau = TAUS[name]
+        gain = max(float(np.abs(w).max()), 1e-30) * ROOM / tau.bound
+        w = tau.inverse(w / gain) / tau.slope
+        if tau.slope != 1:
+            steps.append(("Mul", [tau.slope], {}))
+        steps += [(tau.op, list(tau.attributes), {}), ("Mul", [gain], {})]
+    return np.asarray(w, np.float16 if half else np.float32), steps
+
+
+def store_as(model: onnx.ModelProto, storage: Storage) -> None:
+    """Store the weights of a float model otherwise, in place.
+
+    InputError for a model without float weights in Conv, Gemm or MatMul.
+    """
+    read = {node.input[1] for node in model.graph.node if node.op_type in MATRICES}
+    weights = [t for t in model.graph.initializer if t.name in read and len(t.dims) > 1]
+    if not weights or any(t.data_type != TensorProto.FLOAT for t in weights):
+        raise InputError("the model has no float weights in Conv, Gemm or MatMul; a float32 model "
+                         "expected")  # fmt: skip
+    nodes: list[onnx.NodeProto] = []
+    for tensor in weights:
+        name = tensor.name
+        stored, steps = _through(numpy_helper.to_array(tensor).astype(np.float64), storage)
+        tensor.CopyFrom(numpy_helper.from_array(stored, name))
+        last = name
+        for i, (op, more, attributes) in enumerate(steps):
+            inputs = [last]
+            for j, value in enumerate(more):
+                inputs.append(f"{name}.read{i}.{j}")
+                constant = numpy_helper.from_array(np.array(value, np.float32), inputs[-1])
+                model.graph.initializer.append(constant)
+            last = f"{name}.read{i}"
+            nodes.append(helper.make_node(op, inputs, [last], **attributes))
+        for node in model.graph.node:
+            node.input[:] = [last if x == name else x for x in node.input]
+    network = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes, *network])
+    onnx.checker.check_model(model)
+
+
+def _ranges(model: onnx.ModelProto, names: list[str], images: Dataset) -> dict[str, NDArray[Any]]:
+    """The greatest value of each of these values (N, ...) over the images, without the batch."""
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = runtime.session(probed.SerializeToString(), threads=0)
+    x, feed = runtime.adapt(images.x, session), session.get_inputs()[0].name
+    found: dict[str, NDArray[Any]] = {}
+    for start in range(0, len(x), runtime.CHUNK):
+        values = session.run(names, {feed: x[start : start + runtime.CHUNK]})
+        for name, value in zip(names, values, strict=True):
+            peak = np.asarray(value).max(axis=0)
+            found[name] = np.maximum(found.get(name, peak), peak)
+    return found
+
+
+def bound(model: onnx.ModelProto, how: str, images: Dataset) -> None:
+    """Bound what comes out of every ReLU, in place, by the greatest values on `images`.
+
+    `ranger`: clipped to the greatest value of the layer (arXiv 2003.13874). `zero`: what exceeds
+    it becomes 0 (FT-ClipAct, arXiv 1912.00941; its search for smaller bounds is left out).
+    `neuron`: each output clipped to its own greatest value (FitAct's bounds, arXiv 2112.13544,
+    there learned). InputError for another `how` and for a model without ReLUs.
+    """
+    if how not in BOUNDS:
+        raise InputError(f"bound {how!r} is unknown; expected one of {', '.join(BOUNDS)}")
+    names = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
+    if not names:
+        raise InputError("the model has no Relu whose output could be bounded")
+    ordered: list[onnx.NodeProto] = []
+    ranges = _ranges(model, names, images)
+    for node in model.graph.node:
+        ordered.append(node)
+        if node.op_type != "Relu":
+            continue
+        name, limit = node.output[0], f"{node.output[0]}.bound"
+        peak = ranges[name] if how == "neuron" else ranges[name].max()
+        constants = {limit: np.asarray(peak, np.float32)}
+        node.output[0] = f"{name}.free"
+        if how == "zero":
+            constants[f"{limit}.zero"] = np.zeros((), np.float32)
+            inside = f"{limit}.inside"
+            ordered += [
+                helper.make_node("LessOrEqual", [node.output[0], limit], [inside]),
+                helper.make_node("Where", [inside, node.output[0], f"{limit}.zero"], [name]),
+            ]
+        else:
+            ordered.append(helper.make_node("Min", [node.output[0], limit], [name]))
+        for key, value in constants.items():
+            model.graph.initializer.append(numpy_helper.from_array(value, key))
+    del model.graph.node[:]
+    model.graph.node.extend(ordered)
+    onnx.checker.check_model(model)
+
+
+def store(
+    source: Path, *, out: Path, storage: str, how: str | None = None, images: Dataset | None = None
+) -> dict[str, Any]:
+    """Write OUT, the float ONNX file SOURCE with its weights stored as `storage` (see `parse`) and,
+    with `how`, its activations bounded by their values on `images`; a JSON sidecar beside it, which
+    is returned.
+
+    InputError when SOURCE is not a float classifier, and for unknown names.
+    """
+    made = parse(storage)
+    model = static.read(source)
+    if how is not None:
+        if images is None:
+            raise InputError("bounds of activations need images; none given")
+        bound(model, how, images)
+    store_as(model, made)
+    raw = model.SerializeToString(deterministic=True)
+    artifacts.write(out, lambda path: path.write_bytes(raw))
+    return artifacts.seal(
+        out,
+        {
+            "model_sha256": artifacts.sha256(source),
+            "storage": storage,
+            "bound": how,
+            "calibration_sha256": None if images is None else images.sha256,
+        },
+        target="float" if made.fraction_bits is None else "weight",
+        kernels=runtime.kernels(raw),
+    )

@@ -1,0 +1,245 @@
+"""Float files that bear faults: how weights are stored and read, how activations are bounded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+import models
+from resq_deploy import bits, floats, runtime
+from resq_deploy.cli import main
+from resq_deploy.data.base import Dataset
+from resq_deploy.encoding.saf import TAUS
+from resq_deploy.errors import InputError
+from resq_deploy.inject import memory, space
+from resq_deploy.inject.fast import Network
+from resq_deploy.inject.reload import Reload
+
+WEIGHTS = {"w1": "Conv", "w2": "Conv", "w3": "Gemm"}
+FLOATS = [f"{kind}:{how}" for kind in ("float32", "float16") for how in floats.READINGS]
+EVERY = [*FLOATS, "float32:scaled:4", "q2.5", "q2.5:scaled"]
+
+
+def arrays(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    return {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+
+
+class Stored:
+    """The weights of the small residual network in one storage, struck as they are stored."""
+
+    def __init__(self, name: str) -> None:
+        self.original = arrays(models.float_resnet())
+        self.model = models.float_resnet()
+        floats.store_as(self.model, floats.parse(name))
+        self.target = "weight" if name.startswith("q") else "float"
+        self.found = space.discover(self.model, [self.target])
+        self.memory = memory.Memory.of(self.found)
+        self.readers = {}
+        for weight, op in WEIGHTS.items():
+            (node,) = (n for n in self.model.graph.node if n.op_type == op and weight in n.input[1])
+            self.readers[weight] = None
+            if node.input[1] != weight:
+                part = runtime.constant_part(self.found.model, [weight], [node.input[1]])
+                self.readers[weight] = runtime.build(part)
+
+    def changes(self, rate: float, seed: int) -> dict[str, Any]:
+        flips = bits.random_positions(self.memory.n_bits, rate, np.random.default_rng(seed))
+        return self.memory.read(flips)
+
+    def stored(self, change: dict[str, Any]) -> dict[str, NDArray[Any]]:
+        """What stands in the memory after faults."""
+        found = {n: a.copy() for n, a in arrays(self.found.model).items() if n in WEIGHTS}
+        for name, (offsets, values) in change.items():
+            found[name].reshape(-1)[offsets] = values
+        return found
+
+    def read(self, stored: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """What the network computes with."""
+        return {
+            name: values if reader is None else reader.run(None, {name: values})[0]
+            for (name, values), reader in zip(stored.items(), self.readers.values(), strict=True)
+        }
+
+
+MADE: dict[str, Stored] = {}
+
+
+def stored_as(name: str) -> Stored:
+    return MADE.setdefault(name, Stored(name))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_weights_are_read_as_they_were_and_every_stored_bit_can_flip(name: str) -> None:
+    made, width = stored_as(name), {"float32": 32, "float16": 16}.get(name.split(":")[0], 8)
+    assert {t.name: t.op_type for t in made.found.space.tensors} == WEIGHTS
+    assert made.memory.n_bits == width * (36 + 144 + 16)
+    for weight, read in made.read(made.stored({})).items():
+        # a step of float16 near 1 (tau is steep where it saturates), or half a step of 1/32
+        error = {32: 1e-6, 16: 3e-3, 8: 1 / 64}[width] * max(1, np.abs(made.original[weight]).max())
+        assert np.abs(read - made.original[weight]).max() <= error
+
+
+@given(st.sampled_from([n for n in FLOATS if n.split(":")[1] in floats.TAUS]),
+       st.floats(1e-3, 0.3), st.integers(0, 999))  # fmt: skip
+def test_no_flip_takes_a_saturated_weight_beyond_the_bound_of_its_tensor(
+    name: str, rate: float, seed: int
+) -> None:
+    made = stored_as(name)
+    stored = made.stored(made.changes(rate, seed))
+    for weight, read in made.read(stored).items():
+        bound = floats.ROOM * np.abs(made.original[weight]).max() * (1 + 1e-5)
+        assert (np.isnan(stored[weight]) | (np.abs(read) <= bound)).all()
+
+
+@given(st.sampled_from(["float32:scaled", "float16:scaled"]), st.floats(1e-3, 0.3),
+       st.integers(0, 999))  # fmt: skip
+def test_a_scaled_float_is_read_as_eight_times_the_greatest_at_most_unless_it_is_not_finite(
+    name: str, rate: float, seed: int
+) -> None:
+    made = stored_as(name)
+    stored = made.stored(made.changes(rate, seed))
+    for weight, read in made.read(stored).items():
+        bound = 8 * np.abs(made.original[weight]).max()
+        assert (~np.isfinite(stored[weight]) | (np.abs(read) <= bound)).all()
+
+
+@given(st.integers(0, 7), st.integers(0, 999))
+def test_scaling_shrinks_what_a_flip_does_to_a_fixed_point_weight(bit: int, seed: int) -> None:
+    """The same bit of the same code moves a weight by 2^bit steps, and the steps are smaller."""
+    moved = {}
+    for name in ("q2.5", "q2.5:scaled"):
+        made = stored_as(name)
+        at = np.random.default_rng(seed).integers(0, 144)
+        before = made.stored({})
+        after = {**before, "w2": before["w2"].copy()}
+        after["w2"].view(np.uint8).reshape(-1)[at] ^= np.uint8(1 << bit)
+        moved[name] = np.abs(made.read(after)["w2"] - made.read(before)["w2"]).max()
+    assert moved["q2.5"] == 2**bit / 32
+    greatest = np.abs(stored_as("q2.5").original["w2"]).max()
+    assert moved["q2.5:scaled"] <= 2**bit * 2 * greatest / 127
+
+
+def test_the_engine_computes_with_what_is_read() -> None:
+    """Against a file that holds what was read."""
+    made = stored_as("float32:tanh")
+    change = made.changes(0.01, 1)
+    plain = models.float_resnet()
+    for tensor in plain.graph.initializer:
+        if tensor.name in WEIGHTS:
+            read = made.read(made.stored(change))[tensor.name]
+            tensor.CopyFrom(numpy_helper.from_array(read, tensor.name))
+    x = models.data().x
+    expected = runtime.run(runtime.session(plain.SerializeToString(), level="off"), x)
+    engine = Reload(made.found.model, made.found.space, x)
+    np.testing.assert_allclose(engine.run(change), expected, rtol=1e-4, atol=1e-5)
+    faultless = runtime.run(runtime.session(made.found.model.SerializeToString()), x)
+    assert not np.allclose(engine.run(change), faultless)
+    assert "float weights" in Network(made.found, x).why
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_functions_are_those_of_the_int8_encoding(tau: str) -> None:
+    """Stored v is read as tau(v), up to the factor of the tensor."""
+    assert set(floats.TAUS) == set(TAUS)
+    kind, v = floats.TAUS[tau], np.linspace(-0.9, 0.9, 19)
+    end = TAUS[tau](np.array(1e9))
+    np.testing.assert_allclose(kind.inverse(TAUS[tau](v) / end * kind.bound) / kind.slope, v)
+
+
+def data() -> Dataset:
+    return models.data(200)
+
+
+def inner(model: onnx.ModelProto, names: list[str], x: NDArray[Any]) -> list[NDArray[Any]]:
+    probed = onnx.ModelProto()
+    probed.CopyFrom(model)
+    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = runtime.session(probed.SerializeToString())
+    return [np.asarray(v) for v in session.run(names, {session.get_inputs()[0].name: x})]
+
+
+@settings(max_examples=20)
+@given(st.sampled_from(floats.BOUNDS), st.integers(0, 999))
+def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_from(
+    how: str, seed: int
+) -> None:
+    plain, bounded = models.float_resnet(), models.float_resnet()
+    floats.bound(bounded, how, data())
+    relus, x = ["r1", "r2"], data().x
+    for before, after in zip(inner(plain, relus, x), inner(bounded, relus, x), strict=True):
+        np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-6)  # kernels differ
+    limits = [arrays(bounded)[f"{name}.bound"] for name in relus]
+    assert [limit.ndim for limit in limits] == ([3, 3] if how == "neuron" else [0, 0])
+    rng = np.random.default_rng(seed)
+    for tensor in bounded.graph.initializer:
+        if tensor.name == "w1":
+            w = numpy_helper.to_array(tensor).copy()
+            w.reshape(-1)[rng.integers(0, w.size, 3)] = 1e6
+            tensor.CopyFrom(numpy_helper.from_array(w, "w1"))
+    free, kept = inner(bounded, ["r1.free", "r1"], x)
+    assert (kept <= limits[0]).all()
+    expected = (
+        np.where(free <= limits[0], free, 0) if how == "zero" else np.minimum(free, limits[0])
+    )
+    np.testing.assert_array_equal(kept, expected)
+    assert (free > limits[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("float64", r"format 'float64' is unknown; expected float32, float16, or qM.N with M \+ N"),
+        ("q3.5", "format 'q3.5' is unknown"),
+        ("float32:relu", "reading 'relu' is unknown for float32; expected one of plain, scaled, t"),
+        ("float16:scaled:99", "reading 'scaled:99' is unknown for float16"),
+        ("q2.5:tanh", "reading 'tanh' is unknown for q2.5; expected one of plain, scaled$"),
+    ],
+)
+def test_unknown_names_are_refused(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        floats.parse(name)
+
+
+def test_models_that_have_nothing_to_store_or_to_bound_are_refused() -> None:
+    with pytest.raises(InputError, match="no float weights"):
+        quantized = onnx.load_model_from_string(models.quantized("qdq-channel"))
+        floats.store_as(quantized, floats.parse("float32:tanh"))
+    with pytest.raises(InputError, match="no Relu"):
+        smooth = models.float_resnet()
+        for node in smooth.graph.node:
+            node.op_type = node.op_type.replace("Relu", "Sigmoid")
+        floats.bound(smooth, "ranger", data())
+    with pytest.raises(InputError, match="bound 'clip' is unknown; expected one of ranger, zero"):
+        floats.bound(models.float_resnet(), "clip", data())
+
+
+def test_the_command_writes_a_file_that_campaigns_take(tmp_path: Path) -> None:
+    source, out, pixels = (tmp_path / n for n in ("float.onnx", "stored.onnx", "pixels.npz"))
+    source.write_bytes(models.float_resnet().SerializeToString())
+    images = models.data(50, dtype=np.uint8)
+    np.savez(pixels, x=images.x, y=images.y)
+    arguments = ["store", str(source), "--as", "float16:arctan", "--out", str(out)]
+    bounds = ["--bound", "neuron", "--data", str(pixels)]
+    found = CliRunner().invoke(main, [*arguments, *bounds], catch_exceptions=False)
+    assert found.exit_code == 0 and "faults: inject --target float" in found.output
+    first = out.read_bytes()
+    assert CliRunner().invoke(main, [*arguments, *bounds]).exit_code == 0
+    assert out.read_bytes() == first
+    campaign = ["inject", str(out), "--data", str(pixels), "--target", "float", "--trials", "5"]
+    json_file = tmp_path / "found.json"
+    result = CliRunner().invoke(
+        main, [*campaign, "--out", str(tmp_path / "s.store"), "--json", str(json_file)]
+    )
+    assert result.exit_code == 0 and json.loads(json_file.read_text())["n_trials"] == 5
+    refused = CliRunner().invoke(main, [*arguments, "--bound", "ranger"])
+    assert refused.exit_code == 2 and "bounds of activations need images" in refused.output
