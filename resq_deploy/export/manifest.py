@@ -122,7 +122,7 @@ class Manifest(_Section):
     inputs: Inputs
     opset: int
     ir_version: int
-    profile: Literal["float-channel", "po2-tensor"] = Field(
+    profile: Literal["float-channel", "po2-tensor", "asymmetric-tensor"] = Field(
         description="scales of weights: float, one per channel; or powers of two, one per tensor"
     )
     rounding: Literal["half to even"] = "half to even"

@@ -21,7 +21,7 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from resq_deploy.errors import ExportError
-from resq_deploy.nets.quantized import codes, weight_layers
+from resq_deploy.nets.quantized import UNSIGNED, codes, weight_layers
 
 INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
 MOVES = (
@@ -144,6 +144,20 @@ def _unsigned_activations(graph: onnx.GraphProto) -> None:
         graph.initializer.append(zero)
 
 
+def _signed_weights(graph: onnx.GraphProto) -> None:
+    """Store uint8 weights as int8: the same bytes with the top bit inverted, zero point and all."""
+    stored = {t.name: t for t in graph.initializer}
+    for node in [n for n in graph.node if n.op_type == "DequantizeLinear"]:
+        weight = stored.get(node.input[0])
+        if weight is None or weight.data_type != onnx.TensorProto.UINT8:
+            continue
+        for slot in (0, 2):
+            unsigned = numpy_helper.to_array(stored[node.input[slot]])
+            node.input[slot] += ".signed"
+            signed = (unsigned.astype(np.int16) - UNSIGNED).astype(np.int8)
+            graph.initializer.append(numpy_helper.from_array(signed, node.input[slot]))
+
+
 def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
     """Name weights, scales and biases like the PyTorch parameters, in the order of the graph.
 
@@ -213,5 +227,6 @@ def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) 
     _fold_weight_clips(model.graph)
     _move_codes(model.graph)
     _unsigned_activations(model.graph)
+    _signed_weights(model.graph)
     _name_weights(model.graph, net)
     return finish(model, ir_version=ir_version)

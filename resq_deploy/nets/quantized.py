@@ -14,7 +14,7 @@ import brevitas.nn as qnn
 import torch
 from brevitas.graph.calibrate import calibration_mode
 from brevitas.quant import Int32Bias
-from brevitas.quant_tensor import QuantTensor
+from brevitas.quant_tensor import IntQuantTensor, QuantTensor
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -173,9 +173,21 @@ def encoding_of(net: nn.Module) -> Encoding:
     return found
 
 
+UNSIGNED = 128
+"""An unsigned code is held and stored as the int8 code that is less by this: the same byte with the
+top bit inverted, so that every flip means the same."""
+
+
+def zero_point(weight: IntQuantTensor) -> Tensor | int:
+    """The int8 code of a weight of 0."""
+    return 0 if weight.signed else weight.zero_point - UNSIGNED
+
+
 def codes(layer: nn.Module) -> Tensor:
     """The int8 codes of a layer's weights, in the shape of the weight: what a device computes with.
 
     4-bit weights too have one code per byte. A file stores what `layer.encoding` makes of them.
     """
-    return cast(Tensor, cast(Any, layer).quant_weight().int()).to(torch.int8)
+    weight = cast(IntQuantTensor, cast(Any, layer).quant_weight())
+    found = cast(Tensor, weight.int()).to(torch.int16)
+    return (found if weight.signed else found - UNSIGNED).to(torch.int8)

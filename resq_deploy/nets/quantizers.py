@@ -3,6 +3,9 @@
 `float-channel`: scales are any numbers, those of weights one for each output channel. `po2-tensor`:
 every scale is a power of two and holds for a whole tensor, so that integer hardware only shifts;
 sums and results are then exact in float32, and every executor gives the same bits.
+`asymmetric-tensor`: the robust quantization of the RandBET papers (arXiv 2006.13977, 2104.08323):
+the codes 0 ... 255 of a layer's weights span [min w, max w], rounded to the nearest, with one scale
+and one zero point.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from brevitas.quant import (
     Int8ActPerTensorFloat,
     Int8WeightPerChannelFloat,
     Int8WeightPerTensorFixedPoint,
+    ShiftedUint8WeightPerTensorFloat,
     Uint8ActPerTensorFixedPoint,
     Uint8ActPerTensorFloat,
 )
@@ -97,6 +101,8 @@ class Profile:
     """None where the scale that saturates at 6 does not exist."""
     kinds: dict[Kind, type]
     """By what a `Boundary` marks."""
+    asymmetric: bool = False
+    """Whether weights have a zero point."""
 
 
 PROFILES = {
@@ -110,6 +116,10 @@ PROFILES = {
         weights=Int8WeightPerTensorFixedPoint, relu=UnsignedShift, relu6=None,
         kinds={"unit": Probability, "probability": Probability, "unsigned": UnsignedShift,
                "signed": SignedShift},
+    ),
+    "asymmetric-tensor": Profile(
+        weights=ShiftedUint8WeightPerTensorFloat, relu=Unsigned, relu6=UpToSix, asymmetric=True,
+        kinds={"unit": Unit, "probability": Probability, "unsigned": Unsigned, "signed": Signed},
     ),
 }  # fmt: skip
 
@@ -127,6 +137,11 @@ def weight_quantizer(of: Profile, weight_bits: int, encoding: Encoding) -> type:
         raise InputError(f"weight_bits must be 8 or 4, got {weight_bits}")
     if weight_bits == 4 and encoding.name != "plain":
         raise InputError(f"encoding {encoding.name} is for 8-bit weights; the network has 4")
+    if of.asymmetric and (weight_bits, encoding.name) != (8, "plain"):
+        raise InputError(
+            "asymmetric-tensor is for 8-bit weights that are stored plain; the network has "
+            f"{weight_bits} bits and encoding {encoding.name}"
+        )
     bits = 7 if encoding.limit == 63 else weight_bits  # codes -63 ... 63, or -7 ... 7
     base = type(f"Weights{bits}", (of.weights,), {"bit_width": bits})
     if encoding.uniform:

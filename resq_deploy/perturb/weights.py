@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from resq_deploy import bits
 from resq_deploy.encoding import Encoding, InPlaceSecded
 from resq_deploy.errors import InputError
-from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
+from resq_deploy.nets.quantized import codes, encoding_of, weight_layers, zero_point
 
 Masks = Mapping[str, Tensor]
 """Layer name -> int8 tensor of the weight's shape; bit b set means: bit b is flipped."""
@@ -124,7 +124,7 @@ def _step(code: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
 def _corrupt(mask: Tensor, encoding: Encoding) -> Any:
     def hook(proxy: nn.Module, args: Any, out: IntQuantTensor) -> IntQuantTensor:
         scale = out.scale.detach()
-        code = torch.round(out.value.detach() / scale).to(torch.int8)
+        code = torch.round(out.value.detach() / scale + zero_point(out)).to(torch.int8)
         step = _step(code, mask, encoding).to(scale.dtype)
         return cast(IntQuantTensor, out.set(value=out.value + step * scale))
 
