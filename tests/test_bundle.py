@@ -309,13 +309,15 @@ def test_large_images_make_few_vectors() -> None:
 
 
 def test_profiles() -> None:
-    def mapped(scales: list[list[float]]) -> Any:
-        tensors = tuple(type("T", (), {"scale": tuple(s)})() for s in scales)
+    def mapped(scales: list[list[float]], zero: int = 0) -> Any:
+        facts = {"zero_point": (zero,)}
+        tensors = tuple(type("T", (), facts | {"scale": tuple(s)})() for s in scales)
         return type("M", (), {"tensors": tensors})()
 
     assert bundle.profile(mapped([[0.25], [2**-20]])) == "po2-tensor"
     assert bundle.profile(mapped([[0.25], [0.3]])) == "float-channel"
     assert bundle.profile(mapped([[0.25, 0.5], [0.25]])) == "float-channel"
+    assert bundle.profile(mapped([[0.3], [0.25]], zero=-2)) == "asymmetric-tensor"
 
 
 # --------------------------------------------------------------------------- C
