@@ -29,6 +29,7 @@ from resq_deploy.inject import inject
 from resq_deploy.nets import NETS, Net, build, checkpoint
 from resq_deploy.nets.blocks import Boundary
 from resq_deploy.nets.quantized import calibrate, codes, quantize, value, weight_layers
+from resq_deploy.report import report
 
 NAMES = tuple(registry.ATTACKS)
 BUDGET = Budget(steps=2, restarts=1, queries=40)
@@ -354,6 +355,27 @@ def test_masked_gradients_are_found(trained: Trained) -> None:
 def found(trained: Trained) -> dict[str, Any]:
     test = data.load("digits").test.first(250)
     return bfa.bfa(trained.model, trained.twin, test, images=200, flips=8, n_seeds=2, batch=48)
+
+
+def test_results_of_attacks_become_a_page(
+    found: dict[str, Any], trained: Trained, tmp_path: Path
+) -> None:
+    attacked = attacks.attack(
+        trained.model, trained.twin, trained.test.first(20), epsilons=(8 / 255,),
+        attacks=("fgsm", "pgd"), steps=2, rates=(0.01,), draws=2,
+    )  # fmt: skip
+    for name, made in (("bfa.json", found), ("inputs.json", attacked)):
+        (tmp_path / name).write_text(json.dumps(made))
+    files = [tmp_path / "bfa.json", tmp_path / "inputs.json"]
+    html = report(files, tmp_path / "page.html").read_text()
+    shown = attacked["attacks"]["fgsm"]["epsilons"][0]["deployed"]["n_correct"]
+    struck = found["searches"][0]["flips"][0]["tensor"]
+    for part in ("bfa.json", "inputs.json", "FGSM", f"({shown}/20)", "more steps", "Searches"):
+        assert part in html, part
+    assert "Attack and fault together" in html and struck in html
+    (tmp_path / "other.json").write_text('{"clean": 3}')
+    with pytest.raises(InputError, match=r"other.json is not what `resq-deploy attack --json` or"):
+        report([tmp_path / "other.json"], tmp_path / "page.html")
 
 
 def test_bfa_does_more_harm_than_as_many_random_flips(found: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from resq_deploy.errors import InputError
 
 
 @main.command()
-@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="DIR|STORE...")
+@click.argument("paths", type=PATH, nargs=-1, required=True, metavar="DIR|FILE...")
 @click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="HTML page to write.")
 @json_option
 def report(paths: tuple[Path, ...], out: Path, json_file: Path | None) -> None:
-    """One self-contained HTML page of a run's folder, or of campaign stores."""
+    """One self-contained HTML page of a run's folder, or of stores and JSON files of attacks."""
     from resq_deploy import report as stage
 
     click.echo(f"report: {stage.report(paths, out=out)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from resq_deploy import artifacts
 from resq_deploy.callable_module import make_callable
 from resq_deploy.errors import InputError, MissingExtra
-from resq_deploy.report import sources, table
+from resq_deploy.report import attacks, sources, table
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,7 +24,8 @@ def stage_table(run_dir: Path | str) -> str:
 
 
 def report(paths: Sequence[Path | str] | Path | str, out: Path | str) -> Path:
-    """Write the HTML page of one run directory, or of campaign stores, to `out`; returns `out`.
+    """Write the HTML page of one run directory, or of campaign stores and of the JSON files of
+    `attack` and `bfa`, to `out`; returns `out`.
 
     For a run directory the stage table also goes beside the page, as table.json and table.md.
     The same inputs give the same bytes. InputError when nothing usable is given; MissingExtra
@@ -41,16 +42,19 @@ def report(paths: Sequence[Path | str] | Path | str, out: Path | str) -> Path:
         if len(given) > 1:
             raise InputError(
                 f"{len(given)} paths given, a folder among them; expected one run directory, or "
-                "stores only"
+                "files only"
             )
         run = sources.load(given[0])
         made = table.build(run)
         html = page.run_page(run, made)
         table.write(made, out.parent)
     else:
-        names = _names(given)
-        campaigns = [sources.campaign(p, name) for p, name in zip(given, names, strict=True)]
-        html = page.stores_page(campaigns)
+        names = dict(zip(given, _names(given), strict=True))
+        made_by_attacks = [path for path in given if path.suffix == ".json"]
+        html = page.stores_page(
+            [sources.campaign(p, names[p]) for p in given if p not in made_by_attacks],
+            [attacks.read(p, names[p]) for p in made_by_attacks],
+        )
     return artifacts.write(out, lambda p: p.write_text(html, encoding="utf-8"))
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from resq_deploy import metrics
 from resq_deploy.records import OUTCOMES
 from resq_deploy.report import counts, figures, table
+from resq_deploy.report.attacks import Result
 from resq_deploy.report.sources import (
     BASELINE,
     CHECKPOINTS,
@@ -528,8 +529,8 @@ def _parts(cell: dict[str, Any] | None, words: Any) -> dict[str, str]:
 # Stores --------------------------------------------------------------------------------------
 
 
-def stores_page(campaigns: Sequence[Campaign]) -> str:
-    """The page of one or several campaign stores."""
+def stores_page(campaigns: Sequence[Campaign], attacked: Sequence[Result] = ()) -> str:
+    """The page of campaign stores and of results of attacks."""
     together = {c.name: c for c in campaigns}
     orders = {name: i for i, name in enumerate(together)}
     swept = {name: c for name, c in together.items() if c.by_rate}
@@ -553,9 +554,17 @@ def stores_page(campaigns: Sequence[Campaign]) -> str:
         )
     return _render(
         "stores.html.j2",
-        title="Fault campaigns: " + ", ".join(together),
+        title=", ".join([*together, *(result.name for result in attacked)]),
         ber=_ber_figure(swept, CONFIDENCE, "ber", orders),
         sections=sections,
+        attacked=[
+            {
+                "name": result.name,
+                "lines": result.lines,
+                "tables": {title: grid(rows) for title, rows in result.tables.items() if rows},
+            }
+            for result in attacked
+        ],
         campaigns=_campaign_grid(campaigns),
         confidence=CONFIDENCE,
     )
