@@ -310,11 +310,11 @@ def add(of: Finished, names: list[str], target: Path) -> None:
     """Measure what a finished row lacks of these columns, and write each into it."""
     for name in names:
         settings = {"attacked": of.attacked} if name == "autoattack" else {}
-        more = of.row.setdefault("more", {})
-        if more.get(name, {}).get("settings") != settings:
+        if of.row.get("more", {}).get(name, {}).get("settings") != settings:
             click.echo(f"row {target.stem}: {name}", err=True)
-            more[name] = {"settings": settings} | MEASURES[name](of)
-            artifacts.write_json(target, of.row)
+            found = {"settings": settings} | MEASURES[name](of)
+            row = artifacts.read_json(target)  # it may have got other columns meanwhile
+            artifacts.write_json(target, row | {"more": row.get("more", {}) | {name: found}})
 
 
 def pack(marks: str) -> dict[str, Any]:
