@@ -270,12 +270,12 @@ def cost(of: Finished) -> dict[str, Any]:
     from resq_deploy.train import objective_of
     from resq_deploy.train.objectives import CrossEntropy
 
-    benches = {"plain": Bench(CrossEntropy())}
+    trained = [stage for stage in of.stages if stage != "adjust"]
     faults = of.made.fault.model_copy(update={"start_loss": 1e9})  # from the first step on
-    for stage in of.stages:
-        if stage != "adjust":
-            made = of.made.model_copy(update={"fault": faults})
-            benches[stage] = Bench(objective_of(made, stage), of.made.fault.encoding)
+    made = of.made.model_copy(update={"fault": faults})
+    benches = {"plain": Bench(CrossEntropy())}
+    for stage in trained:
+        benches[stage] = Bench(objective_of(made, stage), faults.encoding)
     times: dict[str, list[float]] = {name: [] for name in benches}
     for bench in benches.values():
         bench.seconds(2)  # the first steps allocate
@@ -284,7 +284,6 @@ def cost(of: Finished) -> dict[str, Any]:
             times[name].append(bench.seconds(2))
     steps = {s: float(np.mean(t) / np.mean(times["plain"])) for s, t in times.items()}
     epochs = dict(part.rsplit(" ", 1) for part in of.row["epochs"].split(", "))
-    trained = [s for s in of.stages if s != "adjust"]
     return {
         "per_step": {stage: steps[stage] for stage in trained},
         "epochs": sum(steps[stage] * int(epochs[stage]) for stage in trained),

@@ -89,6 +89,12 @@ def test_weights_are_read_as_they_were_and_every_stored_bit_can_flip(name: str) 
         assert np.abs(read - made.original[weight]).max() <= error
 
 
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_reads_float_weights_is_folded_when_the_file_is_loaded(name: str) -> None:
+    plain = runtime.kernels(models.float_resnet().SerializeToString())
+    assert runtime.kernels(stored_as(name).model.SerializeToString()) == plain
+
+
 @given(st.sampled_from([n for n in FLOATS if n.split(":")[1] in floats.TAUS]),
        st.floats(1e-3, 0.3), st.integers(0, 999))  # fmt: skip
 def test_no_flip_takes_a_saturated_weight_beyond_the_bound_of_its_tensor(
