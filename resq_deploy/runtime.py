@@ -268,9 +268,9 @@ def _shape(sizes: list[Any]) -> str:
 
 
 def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
-    """First output (N, ...) for adapted images (N, ...), `chunk` images at a time.
+    """First output (N, ...) for images (N, ...), `chunk` images at a time.
 
-    A model with a fixed batch size is fed that many; the last chunk is padded with its last
+    Images are adapted (`adapt`) as they go in, where they are not yet. A model with a fixed batch size is fed that many; the last chunk is padded with its last
     image and the padding cut off again. Refused when onnxruntime does not run the model.
     """
     want = built.get_inputs()[0]
@@ -278,7 +278,7 @@ def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
     size = fixed or chunk
     outputs = []
     for start in range(0, len(x), size):
-        part = x[start : start + size]
+        part = adapt(x[start : start + size], built)
         n = len(part)
         if fixed and n < fixed:
             part = np.concatenate([part, np.repeat(part[-1:], fixed - n, axis=0)])

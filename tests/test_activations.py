@@ -24,7 +24,7 @@ import models
 from resq_deploy import runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject import graph, inject, space
+from resq_deploy.inject import campaign, graph, inject, space
 from resq_deploy.inject.fast import Fast, Network
 from resq_deploy.inject.memory import Change, Flips, Memory
 from resq_deploy.inject.reload import Reload
@@ -378,12 +378,15 @@ def model(tmp_path: Path) -> Path:
 SAME = ("outcomes", "per_layer", "per_bit", "per_layer_bit", "sdc_rate", "n_bits", "fault_accuracy")
 
 
-def test_a_campaign_of_any_engine_workers_and_chunks(model: Path, tmp_path: Path) -> None:
+def test_a_campaign_of_any_engine_workers_and_chunks(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = models.data(130)
     options: dict[str, Any] = {"targets": ACTIVATIONS, "trials": 24, "seed": 3}
     plain = inject(model, data, out=tmp_path / "a", **options)
     reloaded = inject(model, data, out=tmp_path / "b", engine="reload", **options)
     network = engines("qdq-channel").network
+    monkeypatch.setattr(campaign, "held", lambda: 0)
     memory = 60 * network.bytes_per_image(2)  # of 130 images
     chunked = inject(model, data, out=tmp_path / "c", workers=2, memory=memory, **options)
     for other in (reloaded, chunked):

@@ -48,7 +48,7 @@ def test_both_workers_run_trials(model: Path, cluster: Any, tmp_path: Path) -> N
     inject(model, DATA, out=tmp_path / "s", trials=9, scheduler=cluster.scheduler_address)
     with Client(cluster.scheduler_address) as client:
         chunks = client.run(lambda: observers._evaluator and tuple(observers._evaluator.chunk))
-    assert set(chunks.values()) == {(0, len(DATA.x))}
+    assert set(chunks.values()) == {(0, len(DATA.x), True)}
     assert len(chunks) == 2
 
 

@@ -31,7 +31,7 @@ import models
 from resq_deploy import runtime, store
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, Refused
-from resq_deploy.inject import campaign, faults, inject, kernels, layers, results, simd
+from resq_deploy.inject import campaign, evaluator, faults, inject, kernels, layers, results, simd
 from resq_deploy.inject.evaluator import Chunk, Evaluator
 from resq_deploy.inject.fast import Fast, Network, Pace
 from resq_deploy.inject.graph import Cut, Unit, Value
@@ -72,6 +72,11 @@ WAYS: dict[str, dict[str, Any]] = {
 """What chooses the fast engine's way to a result: by measured times, always from the kept sums, the
 same without copies by channel, always unit by unit, the rest in one as soon as possible, always the
 whole network."""
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(campaign, "held", lambda: 0)  # the networks here are smaller than numpy
 
 
 @pytest.fixture(autouse=True)
@@ -1141,7 +1146,7 @@ def trials(path: Path) -> list:
     return store.read([path])[1]
 
 
-SWEEP = {"fault": "ber", "rates": [1e-3, 0.02], "draws": 5}
+SWEEP = {"fault": "ber", "rates": [1e-3, 0.05], "draws": 5}
 PLANS: dict[str, dict[str, Any]] = {
     "single": {"trials": 17},
     "sweep": SWEEP,
@@ -1151,14 +1156,15 @@ PLANS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def entered(monkeypatch: pytest.MonkeyPatch) -> list[Chunk]:
-    """The chunks that the engine turned to, in their order; trials go in blocks of 4."""
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The chunks of which golden data were kept, in their order; trials go in blocks of 4."""
     monkeypatch.setattr(campaign, "BLOCK", 4)
-    seen: list[Chunk] = []
+    seen: list[tuple[int, int]] = []
     enter = Evaluator.enter
 
     def note(self: Evaluator, chunk: Chunk, kept: Any = None) -> None:
-        seen.append(chunk)
+        if chunk.golden:
+            seen.append((chunk.start, chunk.stop))
         enter(self, chunk, kept)
 
     monkeypatch.setattr(Evaluator, "enter", note)
@@ -1178,7 +1184,10 @@ def test_campaigns_of_both_engines_are_one(
     limit = chunked(small)
     parts = inject(small, data, out=tmp_path / "parts", memory=limit, seed=3, **options)
     if not runtime.saturates():
-        n_blocks = -(-parts["n_trials"] // 4)
+        n_bits = sum(t.n_bits for t in discover(onnx.load(small)).space.tensors)
+        few = [t for t in trials(tmp_path / "reload") if (t.rate or 0) * n_bits < evaluator.MANY]
+        assert len(few) == parts["n_trials"] / (2 if plan == "sweep" else 1)
+        n_blocks = -(-len(few) // 4)
         assert entered == [(0, 50), (50, 100), (100, 150), (150, N_IMAGES)] * n_blocks
     expected = trials(tmp_path / "reload")
     assert trials(tmp_path / "whole") == trials(tmp_path / "parts") == expected
@@ -1364,11 +1373,13 @@ def test_a_killed_campaign_leaves_no_process_and_no_file(small: Path, tmp_path: 
 
 
 @pytest.mark.skipif(runtime.saturates(), reason="this CPU cannot run the fast engine")
-def test_too_little_memory_is_one_clear_line(small: Path, tmp_path: Path) -> None:
+def test_too_little_memory_is_one_clear_line(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError) as caught:
         inject(small, dataset(), out=tmp_path / "s", trials=3, memory=1000)
     line = str(caught.value)
-    assert line.startswith("--memory 1000 bytes given; the golden data of 50 images need ")
+    assert line.startswith("--memory 1000 bytes given; the golden data of 50 images, beside ")
     assert "\n" not in line and "--engine reload" in line
     assert not (tmp_path / "s").exists()
     need = int(line.split(" bytes with")[0].split()[-1])
@@ -1376,6 +1387,49 @@ def test_too_little_memory_is_one_clear_line(small: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match=f"--memory {need - 1} bytes"):
         inject(small, dataset(), out=tmp_path / "t", trials=3, memory=need - 1)
     inject(small, dataset(), out=tmp_path / "t", trials=3, memory=1, engine="reload")
+    monkeypatch.undo()  # the process counts too, that of a worker as much
+    assert campaign.held() > 10 * need
+    for workers, processes in ((1, 1), (2, 3)):
+        with pytest.raises(InputError, match="beside processes of") as caught:
+            inject(small, dataset(), out=tmp_path / "u", trials=3, memory=need, workers=workers)
+        said = int(str(caught.value).split("processes of ")[1].split()[0])
+        assert processes * 0.9 < said / campaign.held() < processes * 1.1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_many_bit_errors_need_no_golden_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Rates with few and with many flips in one sweep, with any memory, as by the other engine."""
+    raw = models.quantized("qdq-channel")
+    (tmp_path / "m.onnx").write_bytes(raw)
+    n_bits = discover(runtime.parse_model(raw)).space.n_bits
+    kept: list[int] = []
+    inner = Network.keep
+
+    def keep(self: Network, x: np.ndarray, *rest: Any) -> Any:
+        kept.append(len(x))
+        return inner(self, x, *rest)
+
+    monkeypatch.setattr(Network, "keep", keep)
+    data, sweep = models.data(130), {"fault": "ber", "draws": 3}
+    rates = [3 / n_bits, 200 / n_bits]
+    found = {
+        engine: inject(
+            tmp_path / "m.onnx", data, out=tmp_path / engine, rates=rates, engine=engine,
+            workers=workers, **sweep,
+        )
+        for engine in ("fast", "reload")
+    }  # fmt: skip
+    assert trials(tmp_path / "fast") == trials(tmp_path / "reload")
+    assert found["fast"]["per_rate"] == found["reload"]["per_rate"]
+    assert 130 in kept or runtime.saturates()
+    kept.clear()
+    inject(tmp_path / "m.onnx", data, out=tmp_path / "many", rates=rates[1:], memory=1, **sweep)
+    assert 130 not in kept
+    assert [t.n_correct for t in trials(tmp_path / "many")] == [
+        t.n_correct for t in trials(tmp_path / "fast") if t.rate == rates[1]
+    ]
 
 
 def test_a_graph_that_is_not_cut_is_reloaded_and_says_why(tmp_path: Path) -> None:

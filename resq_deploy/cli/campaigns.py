@@ -83,9 +83,7 @@ def inspect(model: Path, targets: tuple[str, ...], json_file: Path | None) -> No
     show_default=True,
     help="reload builds a session for every fault; fast gives the same results.",
 )
-@click.option(
-    "--memory", callback=size, metavar="SIZE", help="For golden data: 1GiB, 500MB. [a third]"
-)
+@click.option("--memory", callback=size, metavar="SIZE", help="At most: 1GiB, 500MB. [a third]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Root of all random draws.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes.")
 @click.option("--scheduler", metavar="ADDRESS", help="Let a Dask cluster do the work.")

@@ -46,27 +46,39 @@ def _stages(plan: Plan, store: Store, shard: tuple[int, int]) -> Iterator[list[i
         yield [n for n in numbers if n % n_shards == index and n not in done]
 
 
+def _blocks(
+    evaluator: Evaluator, chunks: Sequence[Chunk], stages: Iterator[list[int]]
+) -> Iterator[tuple[Sequence[Chunk], list[int]]]:
+    """Trials that run together, and the images in parts: all at once where no golden data are
+    needed; else in `chunks`, and where these are several, BLOCK trials at a time."""
+    everything = [Chunk(0, len(evaluator.job.x), golden=False)]
+    for numbers in stages:
+        few = [number for number in numbers if evaluator.needs_golden(number)]
+        many = [number for number in numbers if not evaluator.needs_golden(number)]
+        size = BLOCK if len(chunks) > 1 else max(1, len(few))
+        yield everything, many
+        for start in range(0, len(few), size):
+            yield chunks, few[start : start + size]
+
+
 def _trials(
     evaluator: Evaluator,
     observer: Serial | Processes | Cluster,
-    chunks: Sequence[Chunk],
-    stages: Iterator[list[int]],
+    blocks: Iterator[tuple[Sequence[Chunk], list[int]]],
 ) -> Iterator[list[Trial]]:
-    """The records of trials as they finish; with several chunks, BLOCK trials at a time."""
+    """The records of trials as they finish."""
     entered: Chunk | None = None
-    for numbers in stages:
-        size = BLOCK if len(chunks) > 1 else max(1, len(numbers))
-        for block in (numbers[i : i + size] for i in range(0, len(numbers), size)):
-            sums: dict[int, Observed] = {}
-            for chunk in chunks:
-                if entered != chunk:
-                    observer.enter(chunk)
-                    entered = chunk
-                for batch in observer.observe(block):
-                    for number, observed in batch:
-                        sums[number] = sums.get(number, Observed()) + observed
-                    if chunk == chunks[-1]:
-                        yield [evaluator.trial(number, sums.pop(number)) for number, _ in batch]
+    for chunks, block in blocks:
+        sums: dict[int, Observed] = {}
+        for chunk in chunks if block else ():
+            if entered != chunk:
+                observer.enter(chunk)
+                entered = chunk
+            for batch in observer.observe(block):
+                for number, observed in batch:
+                    sums[number] = sums.get(number, Observed()) + observed
+                if chunk == chunks[-1]:
+                    yield [evaluator.trial(number, sums.pop(number)) for number, _ in batch]
 
 
 def _observer(
@@ -79,20 +91,34 @@ def _observer(
     return Serial(evaluator)
 
 
+def held() -> int:
+    """Bytes of memory that this process has; 0 where the system does not say."""
+    try:
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+    except OSError:
+        return 0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
 def _chunks(evaluator: Evaluator, workers: int, budget: int | None) -> list[Chunk]:
-    """The images in parts whose golden data, and what faults change of them, fit in memory."""
+    """The images in parts whose golden data, and what faults change of them, fit in memory.
+
+    Beside the processes themselves, each of which is about as large as this one is now.
+    """
     n, network = len(evaluator.job.x), evaluator.network
-    if network is None:
+    if network is None or not any(map(evaluator.needs_golden, evaluator.job.plan.trials())):
         return [Chunk(0, n)]
     if budget is None:
         budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
-    size = budget // max(1, network.bytes_per_image(workers))
+    processes = held() * (1 if workers == 1 else workers + 1)
+    each = max(1, network.bytes_per_image(workers))
+    size = (budget - processes) // each
     unit = network.group or runtime.CHUNK
     if size < unit:
         raise InputError(
-            f"--memory {budget} bytes given; the golden data of {unit} images need "
-            f"{unit * network.bytes_per_image(workers)} bytes with {workers} workers: give more, "
-            "fewer --workers, or --engine reload"
+            f"--memory {budget} bytes given; the golden data of {unit} images, beside processes of "
+            f"{processes} bytes, need {processes + unit * each} bytes with {workers} workers: give "
+            "more, fewer --workers, or --engine reload"
         )
     size = min(n, size // unit * unit)
     # chunks of about one size: the last one is not much smaller
@@ -119,8 +145,9 @@ def run(
 ) -> None:
     """Run the trials of `plan` (those with trial % shard[1] == shard[0]) into the store `out`.
 
-    `workers` processes of one thread each share the golden data of the fast engine, which take at
-    most `memory` bytes, by default a third of the machine's. With `scheduler`, the address of a
+    `workers` processes of one thread each share the golden data of the fast engine. Processes and
+    golden data take at most `memory` bytes (the model and what onnxruntime makes of it not
+    counted), by default a third of the machine's. With `scheduler`, the address of a
     Dask scheduler, its workers do the work, and each has golden data of its own.
     KeyboardInterrupt leaves every finished trial in the store and is raised again; the same call
     with `resume` continues. Raises InputError for data that do not fit the model, HeaderMismatch
@@ -149,7 +176,7 @@ def run(
     if seed < 0:
         raise InputError(f"--seed must be at least 0, got {seed}")
     session = runtime.session(model)
-    golden = runtime.run(session, runtime.adapt(data.x, session))
+    golden = runtime.run(session, data.x)
     n_classes = golden[0].size
     if data.y.max() >= n_classes:
         raise InputError(
@@ -177,7 +204,8 @@ def run(
         with open_or_create(out, _header(evaluator, data, shard), resume=resume) as store:
             done = store.done()
             total = sum(n % n_shards == index and n not in done for n in plan.trials())
-            batches = _trials(evaluator, observer, chunks, _stages(plan, store, shard))
+            blocks = _blocks(evaluator, chunks, _stages(plan, store, shard))
+            batches = _trials(evaluator, observer, blocks)
             _collect(store, batches, total, show)
     finally:
         observer.close()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,16 @@ class Reader:
         """`model` holds the contents of `stored`, 8-bit codes; `read` is what is made of them."""
         proto = next(t for t in model.graph.initializer if t.name == stored)
         self._stored, self._name, self.read = graph.array(proto), stored, read
-        self._session = runtime.build(runtime.constant_part(model, [stored], [read]))
+        self._part = runtime.constant_part(model, [stored], [read])
         self.golden = self._run(self._stored)
         """What is read without faults."""
+
+    @cached_property
+    def _session(self) -> Any:
+        return runtime.build(self._part)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_session"}
 
     def _run(self, stored: NDArray[Any]) -> NDArray[Any]:
         return np.asarray(self._session.run([self.read], {self._name: stored})[0])

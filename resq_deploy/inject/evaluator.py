@@ -18,12 +18,18 @@ from resq_deploy.inject.plans import Plan
 from resq_deploy.inject.reload import Reload
 from resq_deploy.records import Trial
 
+MANY = 64
+"""Bit errors to be expected in a trial from which on it runs the whole network, and needs no golden
+data: they strike the first layers."""
+
 
 class Chunk(NamedTuple):
     """Images [start, stop) of a campaign."""
 
     start: int
     stop: int
+    golden: bool = True
+    """Do its trials need golden data?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +61,13 @@ class Job:
 class Evaluator:
     """Evaluates trials of a job in one process, one chunk of images at a time."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, network: Network | None = None) -> None:
+        """`network` is the job's, prepared by another process; it is made when missing."""
         self.job = job
         self._found, self._memory = job.memory()
-        self.network = Network(self._found, job.x) if job.engine == "fast" else None
+        if network is None and job.engine == "fast":
+            network = Network(self._found, job.x)
+        self.network = network
         """What the fast engine prepared; None with the reload engine."""
         self.chunk: Chunk | None = None
         """Where this process is."""
@@ -69,10 +78,19 @@ class Evaluator:
         self.chunk = chunk
         self._golden = Golden(output=job.golden[part], y=job.y[part])
         if self.network is not None:
+            if not chunk.golden:
+                kept = self.network.keep_nothing(job.golden[part])
             kept = kept or self.network.keep(job.x[part])
             self._engine: Fast | Reload = Fast(self.network, kept, job.x[part])
         else:
             self._engine = Reload(self._found.model, self._found.space, job.x[part])
+
+    def needs_golden(self, number: int) -> bool:
+        """Is a trial about so few faults that golden data help?"""
+        rate = self.job.plan.rate(number)
+        return self.network is not None and (
+            rate is None or rate * self._memory.space.n_bits < MANY
+        )
 
     def observe(self, number: int) -> Observed:
         """Corrupt, run, count over the images of the chunk."""

@@ -230,15 +230,13 @@ class Network:
         self._found = found
         self._precise = precise
         self._model = found.model.SerializeToString()
-        session = runtime.session(self._model, precise=precise)
+        session = self.session
         fixed = session.get_inputs()[0].shape[0]
         self.group: int | None = fixed if isinstance(fixed, int) else None
         """Images that only run together, as in a plain run; None when any images may."""
         self.cut: Cut
         self.why = ""
         """Why the whole model is reloaded; empty when it is not."""
-        self.session = session
-        """The file itself, without faults."""
         self.layers: dict[int, Layer] = {}
         self.tables: dict[int, tuple[NDArray[np.uint8], NDArray[np.float32]]] = {}
         self.limits: dict[int, int] = {}
@@ -262,13 +260,26 @@ class Network:
         except InputError as error:
             self.why = str(error)
             return
-        self.runner = Runner(self.cut, precise=precise)
         self._in_place = self._find_in_place()
         if not self._in_place:
             self.why = next(iter(self.reloaded.values()))
             return
         self._reach()
         self._probe(x)
+
+    @cached_property
+    def session(self) -> Any:
+        """The file itself, without faults."""
+        return runtime.session(self._model, precise=self._precise)
+
+    @cached_property
+    def runner(self) -> Runner:
+        """Runs units."""
+        return Runner(self.cut, precise=self._precise)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but sessions, which belong to a process."""
+        return {k: v for k, v in vars(self).items() if k not in ("session", "runner")}
 
     @property
     def reloaded(self) -> dict[str, str]:
@@ -587,24 +598,24 @@ class Network:
             for index, layer in self.layers.items()
             if self._worth_copying(index)
         )
-        return values + sums + copies + 2 * workers * values
+        adapted = self.cut.values[self.cut.input].bytes_per_image
+        return values + sums + copies + workers * (2 * values + adapted)
+
+    def keep_nothing(self, output: Array) -> Kept:
+        """For changes that are run through the whole network: `output` is that without faults."""
+        return Kept(
+            n=len(output), output=output, values={}, sums={}, inputs_by_channel={},
+            sums_by_channel={},
+        )  # fmt: skip
 
     def keep(self, x: Array, allocate: Allocate = np.empty) -> Kept:
         """The golden run of images (N, ...) as the data set has them.
 
         `allocate(shape, dtype)` makes the arrays that are kept.
         """
-        x = runtime.adapt(x, self.session)
         output = runtime.run(self.session, x)
         if self.why:
-            return Kept(
-                n=len(x),
-                output=output,
-                values={},
-                sums={},
-                inputs_by_channel={},
-                sums_by_channel={},
-            )
+            return self.keep_nothing(output)
         if self.group:
             short = -len(x) % self.group if len(x) % self.group and self._fixed else 0
             x = np.concatenate([x, np.repeat(x[-1:], short, axis=0)])
@@ -616,11 +627,11 @@ class Network:
             )
             for name in self.kept_values
         }
-        if c.input in values:
-            values[c.input][:] = x[:, None]
         session = runtime.build(c.whole_model(names), level="off", precise=self._precise)
         for start in range(0, len(x), step := self.group or runtime.CHUNK):
-            part = x[start : start + step]
+            part = runtime.adapt(x[start : start + step], self.session)
+            if c.input in values:
+                values[c.input][start : start + step] = part[:, None]
             outputs = session.run(names, {c.input: part})
             for name, rows in zip(names, outputs, strict=True):
                 values[name][start : start + step] = rows.reshape(
@@ -628,14 +639,7 @@ class Network:
                 )
         if values[c.output][: len(output)].tobytes() != output.tobytes():
             self.why = "the optimized graph, stored and loaded again, answers otherwise"
-            return Kept(
-                n=len(x),
-                output=output,
-                values={},
-                sums={},
-                inputs_by_channel={},
-                sums_by_channel={},
-            )
+            return self.keep_nothing(output)
         sums = self._sums(values, allocate)
         copied = [index for index in sums if self._worth_copying(index)]
         return Kept(
@@ -725,7 +729,7 @@ class Fast:
         """`x` are the images of `kept`, as the data set has them."""
         self._network = network
         self._kept = kept
-        self._x = runtime.adapt(x, network.session)
+        self._images = x
         self._all = np.arange(kept.n)
         self._bytes = {name: _bytes(value) for name, value in kept.values.items()}
         self._outputs: dict[str, Output] = {}
@@ -743,13 +747,13 @@ class Fast:
         Refused when onnxruntime does not load or run the file with this change.
         """
         output, network = self._kept.output, self._network
-        if not network.in_place(change) or not self._kept.values:
-            return np.arange(len(output)), network.reload(self._x).run(change)
+        if not network.in_place(change):
+            return np.arange(len(output)), network.reload(self._images).run(change)
         change = network.read(change)
         if not change:
             return np.empty(0, np.int64), output[:0]
         n_elements = sum(len(offsets) for offsets, _ in change.values())
-        if n_elements > MANY and network.share_behind(change) > WHOLE:
+        if not self._kept.values or (n_elements > MANY and network.share_behind(change) > WHOLE):
             return np.arange(len(output)), network.whole(change, self._x)
         changed = self._propagate(change)
         if changed is None:
@@ -759,6 +763,10 @@ class Fast:
         images = images[real]
         rows = self._materialized(network.cut.output, images, changed, self._slot(changed))
         return images, rows.view(output.dtype).reshape(len(images), *output.shape[1:])
+
+    @cached_property
+    def _x(self) -> Array:
+        return runtime.adapt(self._images, self._network.session)
 
     def _propagate(self, change: Change) -> Changed | None:
         """Run the units behind a change in their order, each on the images that changed so far."""

@@ -104,10 +104,11 @@ class Processes(_Remote):
     deaths = (BrokenProcessPool,)
 
     def __init__(self, job: Job, network: Network | None, workers: int) -> None:
+        """`network` is the job's for the fast engine: workers need not prepare it again."""
         # As a file, not as an argument: a process that dies while it starts, such as one whose main
         # module cannot be imported, leaves the parent waiting for ever behind a long argument.
         self._file = TemporaryFile()
-        pickle.dump(job, self._file)
+        pickle.dump((job, network), self._file)
         self._file.flush()
         path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
         context = multiprocessing.get_context("spawn")
@@ -120,9 +121,9 @@ class Processes(_Remote):
     def enter(self, chunk: Chunk) -> None:
         """Make the golden run of a chunk, for all workers."""
         self._chunk, self._handle = chunk, None
-        if self._network is not None:
-            if self._shared is not None:
-                self._shared.close()
+        if self._shared is not None:
+            self._shared.close()
+        if self._network is not None and chunk.golden:
             self._shared = Shared()
             kept = self._network.keep(self._job.x[chunk.start : chunk.stop], self._shared.allocate)
             self._handle = self._shared.handle(kept)
@@ -196,7 +197,7 @@ _key = ""  # the job that it is for, on a cluster
 def _start(path: str) -> None:
     global _evaluator
     with open(path, "rb") as file:
-        _evaluator = Evaluator(pickle.load(file))  # noqa: S301, what the parent wrote
+        _evaluator = Evaluator(*pickle.load(file))  # noqa: S301, what the parent wrote
     # A killed campaign must not leave workers behind that wait for work for ever.
     threading.Thread(target=_follow_parent, daemon=True).start()
 

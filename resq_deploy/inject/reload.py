@@ -32,6 +32,7 @@ class Reload:
         self._space = {tensor.name: tensor for tensor in space.tensors}
         self._precise = precise
         self._x = x
+        self._adapted: NDArray[Any] | None = None
         self._tensors = {tensor.name: tensor for tensor in model.graph.initializer}
 
     def changed(self, change: Change) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -58,7 +59,9 @@ class Reload:
             if flips:
                 model, level = self._struck(model, flips), "off"
             session = runtime.session(model, level=level, precise=self._precise)
-            return runtime.run(session, runtime.adapt(self._x, session))
+            if self._adapted is None:
+                self._adapted = runtime.adapt(self._x, session)
+            return runtime.run(session, self._adapted)
         finally:
             for name, raw in originals.items():
                 self._tensors[name].raw_data = raw
