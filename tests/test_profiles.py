@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import living
@@ -14,8 +15,9 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from resq_deploy import evaluate, recipe, runtime
+from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
-from resq_deploy.export import checks
+from resq_deploy.export import checks, export, output_step
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.nets import build, checkpoint
@@ -78,6 +80,71 @@ def test_a_checkpoint_keeps_its_profile(tmp_path: Path) -> None:
     x = images(4)
     assert torch.equal(evaluate.logits(loaded, x), evaluate.logits(net, x))
     assert facts["net"]["profile"] == "po2-tensor"
+
+
+def saved(folder: Path, profile: str) -> Path:
+    """The checkpoint of a network that was calibrated in a profile."""
+    net = living.network("resnet8", 0.5, profile=profile)
+    path = folder / f"{profile}.safetensors"
+    arguments = {"name": "resnet8", "n_classes": 10, "in_channels": 3, "width": 0.5}
+    checkpoint.save(
+        path, net, inputs={}, quantized=True, stage="baseline",
+        net=arguments | {"profile": profile}, recipe={"seed": 1},
+    )  # fmt: skip
+    return path
+
+
+@pytest.mark.parametrize("profile", ["po2-tensor", "float-channel"])
+def test_a_converted_network_is_the_one_calibrated_in_that_profile(
+    tmp_path: Path, profile: str
+) -> None:
+    paths = {p: saved(tmp_path, p) for p in ("float-channel", "po2-tensor")}
+    (other,) = set(paths) - {profile}
+    converted, facts = checkpoint.load(paths[other], profile=profile)
+    as_it_was, _ = checkpoint.load(paths[other])
+    calibrated, _ = checkpoint.load(paths[profile])
+    assert facts["net"]["profile"] == profile
+    for (name, a), b, c in zip(
+        weight_layers(converted).items(), weight_layers(calibrated).values(),
+        weight_layers(as_it_was).values(), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(codes(a), codes(b)), name
+        assert not torch.equal(codes(a), codes(c)), name
+    for name, range_ in calibrated.state_dict().items():
+        found = converted.state_dict()[name]
+        assert torch.allclose(found, range_, rtol=1e-6, atol=0), name  # exp2(log2(range))
+    x = images(16)
+    apart = (evaluate.logits(converted, x) - evaluate.logits(calibrated, x)).abs().max()
+    steps = round(float(apart) / output_step(calibrated))
+    assert steps == 0 if profile == "po2-tensor" else steps <= 1
+
+
+def test_export_converts_and_says_so(tmp_path: Path) -> None:
+    path = saved(tmp_path, "float-channel")
+    data = Dataset(name="squares", x=images(8), y=np.arange(8))
+    plain = export(path, out=tmp_path / "plain", images=data)
+    before = plain.stat().st_mtime_ns
+    export(path, out=plain.parent, images=data, profile="float-channel")
+    assert plain.stat().st_mtime_ns == before  # nothing to convert: the same export
+    made = json.loads((plain.parent / "manifest.json").read_text())
+    assert made["profile"] == "float-channel" and made["inputs"]["profile"] is None
+    export(path, out=tmp_path / "po2-tensor", images=data, profile="po2-tensor")
+    made = json.loads((tmp_path / "po2-tensor" / "manifest.json").read_text())
+    assert made["profile"] == made["inputs"]["profile"] == "po2-tensor"
+    assert all(row["max_steps"] == 0 for row in made["parity"])
+    card = (tmp_path / "po2-tensor" / "MODEL_CARD.md").read_text()
+    assert "`po2-tensor`, converted at export: not trained with these scales" in card
+
+
+def test_what_cannot_be_converted_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    arguments = {"name": "mobilenetv2", "n_classes": 10, "in_channels": 3, "width": 0.125}
+    net = living.network("mobilenetv2", 0.125)
+    checkpoint.save(path, net, inputs={}, quantized=True, net=arguments)
+    with pytest.raises(InputError, match="ReLU6 saturates at 6, which no power of two does"):
+        checkpoint.load(path, profile="po2-tensor")
+    with pytest.raises(InputError, match="profile 'po2' is unknown"):
+        checkpoint.load(path, profile="po2")
 
 
 def test_four_bits_and_shifts_go_together() -> None:

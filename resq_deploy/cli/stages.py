@@ -159,6 +159,10 @@ def adjust(
     "--encoding", metavar="NAME",
     help="Store the weights so, their codes rounded to its levels. [as the checkpoint was trained]",
 )  # fmt: skip
+@click.option(
+    "--profile", metavar="NAME",
+    help="Convert to the scales of float-channel, po2-tensor, ... [as the checkpoint was trained]",
+)  # fmt: skip
 @click.option("--weights", type=click.Choice(["int8", "int4"]), help="[as the recipe says]")
 @click.option("--tflite", is_flag=True, help="Fail where model.tflite cannot hold the network.")
 @out_folder
@@ -169,6 +173,7 @@ def export(
     recipe: Path | None,
     root: Path | None,
     encoding: str | None,
+    profile: str | None,
     weights: str | None,
     tflite: bool,
     out: Path,
@@ -185,7 +190,9 @@ def export(
     given = ({"tflite": "required"} if tflite else {}) | ({"weights": weights} if weights else {})
     config = loaded.export.model_copy(update=given)
     images = data.of(loaded.data).test
-    model = stage.export(checkpoint, out=out, images=images, config=config, encoding=encoding)
+    model = stage.export(
+        checkpoint, out=out, images=images, config=config, encoding=encoding, profile=profile
+    )
     manifest = artifacts.read_json(model.parent / stage.MANIFEST)
     table([[name, digest] for name, digest in manifest["files"].items()], ["file", "SHA-256"])
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in manifest["kernels"].items()))

@@ -70,10 +70,13 @@ def _tflite(model: onnx.ModelProto, config: Export) -> tuple[dict[str, bytes], s
     return {TFLITE: raw}, None
 
 
-def _inputs(source: Path, images: Dataset, config: Export, encoding: str | None) -> dict[str, Any]:
+def _inputs(
+    source: Path, images: Dataset, config: Export, encoding: str | None, profile: str | None
+) -> dict[str, Any]:
     return {
         "checkpoint_sha256": artifacts.sha256(source),
         "encoding": encoding,
+        "profile": profile,
         "export": config.model_dump(mode="json"),
         "parity_sha256": images.first(min(config.parity_images, len(images))).sha256,
     }
@@ -117,24 +120,28 @@ def export(
     images: Dataset,
     config: Export | None = None,
     encoding: str | None = None,
+    profile: str | None = None,
 ) -> Path:
     """Write the bundle of docs/bundle.md into OUT: model.qdq.onnx, model.qonnx.onnx, model.tflite
     where that format can hold the network, manifest.json and all that builds need; returns the
     first.
 
     `encoding` stores the weights otherwise than the checkpoint was trained for: their codes are
-    rounded to its levels.
+    rounded to its levels. `profile`, one of `nets.quantizers.PROFILES`, gives weights and
+    activations other scales than those that the checkpoint was trained with.
     `images` (uint8) prove parity. Every guarantee is checked before anything appears in OUT:
     ExportError (one line) leaves no partial export. An unchanged export is not repeated, only its
     manifest gets a new time, as build systems expect. InputError when OUT holds other files.
     """
     config = config or Export()
-    inputs = _inputs(source, images, config, encoding)
+    if profile == checkpoint.profile_of(checkpoint.read_facts(source)):
+        profile = None
+    inputs = _inputs(source, images, config, encoding, profile)
     if _is_current(out, inputs):
         (out / MANIFEST).touch()
         return out / QDQ
     _refuse_foreign(out)
-    net, facts = checkpoint.load(source, encoding=encoding)
+    net, facts = checkpoint.load(source, encoding=encoding, profile=profile)
     if not facts["quantized"]:
         raise InputError(f"{source} is a float checkpoint; export needs an int8 one")
     shape = tuple(images.x.shape[1:])
@@ -154,8 +161,8 @@ def export(
     mapped, image = memory_map.of(
         files[QDQ], name=QDQ, sha256=bundle.digest(written[QDQ]), encoding=stored.name
     )
-    profile = bundle.profile(mapped)
-    vectors = golden.make(files[QDQ], _pixels(images), profile=profile)
+    scales = bundle.profile(mapped)
+    vectors = golden.make(files[QDQ], _pixels(images), profile=scales)
     proof = images.first(min(config.parity_images, len(images)))
     outputs = _outputs(net, files, proof.x)
     made = {
@@ -166,7 +173,7 @@ def export(
         "recipe": facts["recipe"],
         "recipe_sha256": artifacts.digest(facts["recipe"]),
         "hardening": hardening(facts["stage"], facts["recipe"]),
-        "profile": profile,
+        "profile": scales,
         "opset": files[QDQ].opset_import[0].version,
         "ir_version": files[QDQ].ir_version,
         "kernels": kernels,

@@ -29,6 +29,9 @@ class Inputs(_Section):
 
     checkpoint_sha256: str = Field(pattern=DIGEST, description="SHA-256 of the checkpoint")
     encoding: str | None = Field(None, description="encoding asked for in place of the trained one")
+    profile: str | None = Field(
+        None, description="profile converted to at export, in place of the trained one"
+    )
     export: dict[str, Any] = Field(description="section [export] of the recipe")
     parity_sha256: str = Field(pattern=DIGEST, description="digest of the images of the proof")
 

@@ -86,7 +86,8 @@ def model_card(made: Manifest) -> str:
         "input": "uint8 pixels, value = pixel / 255; (N, C, H, W) in the ONNX files",
         "weights": f"{made.weights.n_bytes} bytes, codes {made.weights.code_min} to "
         f"{made.weights.code_max}, {made.weights.storage}, encoding `{made.weights.encoding}`",
-        "profile": f"`{made.profile}`",
+        "profile": f"`{made.profile}`"
+        + (", converted at export: not trained with these scales" if made.inputs.profile else ""),
         "checkpoint": f"SHA-256 `{made.inputs.checkpoint_sha256}`",
         "recipe": f"SHA-256 `{made.recipe_sha256}`",
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from brevitas.core.restrict_val import RestrictValueType
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from resq_deploy import artifacts
 from resq_deploy.errors import InputError
-from resq_deploy.nets import build
+from resq_deploy.nets import build, quantizers
 from resq_deploy.nets.quantized import quantize
 from resq_deploy.nets.steps import assemble
+
+RANGE = ".act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
+"""In the name of an activation's range in a state dict."""
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -59,25 +63,59 @@ def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any
     return artifacts.seal(path, inputs, **facts)
 
 
-def load(path: Path, *, encoding: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The network of a checkpoint, in eval mode, and its sidecar.
-
-    `encoding` restricts the codes of an int8 network to the levels of another one than it was
-    trained with; the sidecar is returned as if it had been that.
-    Raises InputError for a missing or broken file or sidecar, or a changed digest.
-    """
+def read_facts(path: Path) -> dict[str, Any]:
+    """The sidecar of a checkpoint; InputError when there is none, or that of another file."""
     if not artifacts.sidecar(path).is_file():
         raise InputError(
             f"{path} has no sidecar {artifacts.sidecar(path).name} beside it; give a checkpoint "
             "that `resq-deploy train` or `adjust` wrote"
         )
     facts = artifacts.read_json(artifacts.sidecar(path))
+    if not (isinstance(facts, dict) and isinstance(facts.get("net"), dict)):
+        raise InputError(f"{artifacts.sidecar(path)} is not the sidecar of a checkpoint")
+    return facts
+
+
+def profile_of(facts: dict[str, Any]) -> str:
+    """The profile of the network of a sidecar."""
+    return str(facts["net"].get("profile", "float-channel"))
+
+
+def _convert_ranges(tensors: dict[str, Tensor], old: str, new: str) -> dict[str, Tensor]:
+    """The tensors of a network of the profile `old`, for one of the profile `new`.
+
+    They differ only in how Brevitas stores the range of an activation: as it is (the sign means
+    nothing), or as its logarithm, where the scale is rounded up to a power of two.
+    """
+    relus: list[Any] = [quantizers.profile(name).relu for name in (old, new)]
+    was_log, is_log = (r.restrict_scaling_type == RestrictValueType.POWER_OF_TWO for r in relus)
+    if was_log == is_log:
+        return tensors
+    ranges = {k: v.abs().log2() if is_log else v.exp2() for k, v in tensors.items() if RANGE in k}
+    return tensors | ranges
+
+
+def load(
+    path: Path, *, encoding: str | None = None, profile: str | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The network of a checkpoint, in eval mode, and its sidecar.
+
+    `encoding` restricts the codes of an int8 network to the levels of another one than it was
+    trained with; `profile` gives it the quantizers of another profile, which take the weights and
+    the ranges of activations as they are. The sidecar is returned as if it had been that.
+    Raises InputError for a missing or broken file or sidecar, a changed digest, or a layer that
+    the profile has no quantizer for.
+    """
+    facts = read_facts(path)
     tensors = read_tensors(path)
     if facts.get("sha256") != artifacts.sha256(path):
         raise InputError(f"{path} is not the file that {artifacts.sidecar(path).name} describes")
     try:
         if encoding is not None:
             facts["net"]["encoding"] = encoding
+        if profile is not None and profile != profile_of(facts):
+            tensors = _convert_ranges(tensors, profile_of(facts), profile)
+            facts["net"]["profile"] = profile
         arguments = dict(facts["net"])
         of_quantize = ("weight_bits", "encoding", "profile")
         stored = {k: arguments.pop(k) for k in of_quantize if k in arguments}
