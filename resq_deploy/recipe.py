@@ -89,10 +89,10 @@ class Model(_Section):
     )
     width: float = Field(1.0, gt=0, description="multiplier of the numbers of channels")
     weight_bits: Literal[8, 4] = Field(8, description="bits of every weight")
-    profile: Literal["float-channel", "po2-tensor", "asymmetric-tensor"] = Field(
+    profile: Literal["float-channel", "po2-tensor", "po2-channel", "asymmetric-tensor"] = Field(
         "float-channel",
-        description="scales: any, per output channel; powers of two, per tensor; or any, per "
-        "tensor, with a zero point (robust quantization)",
+        description="scales: any, per output channel; powers of two, per tensor or per output "
+        "channel; or any, per tensor, with a zero point (robust quantization)",
     )
 
     @model_validator(mode="after")

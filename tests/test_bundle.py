@@ -316,7 +316,8 @@ def test_profiles() -> None:
 
     assert bundle.profile(mapped([[0.25], [2**-20]])) == "po2-tensor"
     assert bundle.profile(mapped([[0.25], [0.3]])) == "float-channel"
-    assert bundle.profile(mapped([[0.25, 0.5], [0.25]])) == "float-channel"
+    assert bundle.profile(mapped([[0.25, 0.5], [0.75]])) == "po2-channel"
+    assert bundle.profile(mapped([[0.25, 0.6], [0.25]])) == "float-channel"
     assert bundle.profile(mapped([[0.3], [0.25]], zero=-2)) == "asymmetric-tensor"
 
 

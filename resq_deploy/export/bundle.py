@@ -33,13 +33,16 @@ def _json(value: Any) -> bytes:
 
 
 def profile(mapped: MemoryMap) -> str:
-    """`po2-tensor` where every scale is a power of two and holds for a whole tensor;
-    `asymmetric-tensor` where a zero point is not 0; else `float-channel`."""
+    """`po2-tensor` where every scale is a power of two and holds for a whole tensor; `po2-channel`
+    where each is a power of two, or three times one (behind ReLU6); `asymmetric-tensor` where a
+    zero point is not 0; else `float-channel`."""
     if any(any(tensor.zero_point) for tensor in mapped.tensors):
         return "asymmetric-tensor"
     scales = [tensor.scale for tensor in mapped.tensors]
     if all(len(s) == 1 and np.frexp(s[0])[0] == 0.5 for s in scales):
         return "po2-tensor"
+    if all(np.isin(np.frexp(s)[0], (0.5, 0.75)).all() for s in scales):
+        return "po2-channel"
     return "float-channel"
 
 

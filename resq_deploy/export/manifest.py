@@ -125,8 +125,9 @@ class Manifest(_Section):
     inputs: Inputs
     opset: int
     ir_version: int
-    profile: Literal["float-channel", "po2-tensor", "asymmetric-tensor"] = Field(
-        description="scales of weights: float, one per channel; or powers of two, one per tensor"
+    profile: Literal["float-channel", "po2-tensor", "po2-channel", "asymmetric-tensor"] = Field(
+        description="scales of weights: float, one per channel; or powers of two, one per tensor "
+        "or channel"
     )
     rounding: Literal["half to even"] = "half to even"
     kernels: dict[str, int] = Field(description="operators that onnxruntime runs, and how many")

@@ -111,7 +111,8 @@ def _layer(
         kind = profile.relu if isinstance(old, nn.ReLU) else profile.relu6
         if kind is None:
             raise InputError(
-                "ReLU6 saturates at 6, which no power of two does: use the profile float-channel"
+                "ReLU6 saturates at 6, which no power of two does: use the profile po2-channel, or "
+                "float-channel"
             )
         return cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
     elif isinstance(old, Add):

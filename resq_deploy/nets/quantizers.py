@@ -2,7 +2,10 @@
 
 `float-channel`: scales are any numbers, those of weights one for each output channel. `po2-tensor`:
 every scale is a power of two and holds for a whole tensor, so that integer hardware only shifts;
-sums and results are then exact in float32, and every executor gives the same bits.
+sums and results are then exact in float32, and every executor gives the same bits. `po2-channel`:
+the same with one scale for each output channel of weights. Deep networks need it for parity: with
+other scales executors round one code in a million otherwise, and fifty layers make steps of the
+output of that.
 `asymmetric-tensor`: the robust quantization of the RandBET papers (arXiv 2006.13977, 2104.08323):
 the codes 0 ... 255 of a layer's weights span [min w, max w], rounded to the nearest, with one scale
 and one zero point.
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from brevitas.core.function_wrapper import CeilSte
 from brevitas.core.restrict_val import RestrictValueType
 from brevitas.core.scaling import ScalingImplType
 from brevitas.quant import (
@@ -53,6 +57,15 @@ class UpToSix(Unit):
     scaling_init = 6.0
 
 
+class UpToSixShift(Unit):
+    """uint8 values in [0, 6), scale fixed at 6/256 = 3/128: ReLU6, one step below six.
+
+    Three times a power of two: products with it are exact in float32 as well.
+    """
+
+    scaling_init = 6 * 255 / 256
+
+
 class Unsigned(Uint8ActPerTensorFloat):
     """uint8 activations. Statistics come from `calibrate`, not from the first 300 steps."""
 
@@ -75,6 +88,13 @@ class SignedShift(Int8ActPerTensorFixedPoint):
     """int8 activations, symmetric, the scale a power of two."""
 
     collect_stats_steps = 1
+
+
+class WeightShift(Int8WeightPerChannelFloat):
+    """int8 weights, the scale of every output channel a power of two, rounded up."""
+
+    restrict_scaling_type = RestrictValueType.POWER_OF_TWO
+    restrict_value_float_to_int_impl = CeilSte
 
 
 class ToLevels(nn.Module):
@@ -105,17 +125,22 @@ class Profile:
     """Whether weights have a zero point."""
 
 
+_SHIFTS: dict[Kind, type] = {
+    # Pixels have the scale 1/256, one step off a camera's bytes from 128 on: b + (b >> 7) at most
+    # 255 is the code of byte b.
+    "unit": Probability, "probability": Probability, "unsigned": UnsignedShift,
+    "signed": SignedShift,
+}  # fmt: skip
 PROFILES = {
     "float-channel": Profile(
         weights=Int8WeightPerChannelFloat, relu=Unsigned, relu6=UpToSix,
         kinds={"unit": Unit, "probability": Probability, "unsigned": Unsigned, "signed": Signed},
     ),
-    # Pixels have the scale 1/256, one step off a camera's bytes from 128 on: b + (b >> 7) at most
-    # 255 is the code of byte b.
     "po2-tensor": Profile(
-        weights=Int8WeightPerTensorFixedPoint, relu=UnsignedShift, relu6=None,
-        kinds={"unit": Probability, "probability": Probability, "unsigned": UnsignedShift,
-               "signed": SignedShift},
+        weights=Int8WeightPerTensorFixedPoint, relu=UnsignedShift, relu6=None, kinds=_SHIFTS
+    ),
+    "po2-channel": Profile(
+        weights=WeightShift, relu=UnsignedShift, relu6=UpToSixShift, kinds=_SHIFTS
     ),
     "asymmetric-tensor": Profile(
         weights=ShiftedUint8WeightPerTensorFloat, relu=Unsigned, relu6=UpToSix, asymmetric=True,
