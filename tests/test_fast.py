@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -1241,6 +1242,24 @@ def test_interrupted_and_divided_campaigns_in_chunks(
     store.merge(parts, tmp_path / "merged")
     assert trials(tmp_path / "merged") == expected
     assert results(parts)["n_trials"] == 11
+
+
+def test_golden_data_of_one_chunk_at_a_time(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    inner = Network.keep
+
+    def keep(self: Network, *given: Any) -> Any:
+        assert not any(ref() is not None for ref in made), "the chunk before is still there"
+        kept = inner(self, *given)
+        made.append(weakref.ref(kept))
+        return kept
+
+    limit = chunked(small)
+    monkeypatch.setattr(Network, "keep", keep)
+    inject(small, dataset(), out=tmp_path / "s", trials=3, memory=limit)
+    assert len(made) > 4 or runtime.saturates()
 
 
 def test_shared_arrays_are_one_memory_that_goes_away() -> None:

@@ -69,6 +69,7 @@ class Evaluator:
             network = Network(self._found, job.x)
         self.network = network
         """What the fast engine prepared; None with the reload engine."""
+        self._engine: Fast | Reload | None = None
         self.chunk: Chunk | None = None
         """Where this process is."""
 
@@ -76,12 +77,13 @@ class Evaluator:
         """Turn to a chunk of the images; `kept` is its golden run, which is made when missing."""
         job, part = self.job, slice(chunk.start, chunk.stop)
         self.chunk = chunk
+        self._engine = None  # gives the memory of the last chunk back first
         self._golden = Golden(output=job.golden[part], y=job.y[part])
         if self.network is not None:
             if not chunk.golden:
                 kept = self.network.keep_nothing(job.golden[part])
             kept = kept or self.network.keep(job.x[part])
-            self._engine: Fast | Reload = Fast(self.network, kept, job.x[part])
+            self._engine = Fast(self.network, kept, job.x[part])
         else:
             self._engine = Reload(self._found.model, self._found.space, job.x[part])
 
@@ -94,6 +96,7 @@ class Evaluator:
 
     def observe(self, number: int) -> Observed:
         """Corrupt, run, count over the images of the chunk."""
+        assert self._engine is not None, "no chunk was entered"
         plan, memory = self.job.plan, self._memory
         cells = plan.cells(number, memory.space, self.job.seed)
         try:

@@ -249,7 +249,7 @@ class Network:
         self._readers: dict[str, Reader] = {}
         """By stored weight, where a decoder stands behind it that onnxruntime has folded."""
         self._between = {t.name for t in found.space.tensors if t.target == ACTIVATION}
-        x = runtime.adapt(x, session)
+        x = runtime.adapt(x[: max(self.group or 0, CALIBRATION)], session)
         if runtime.saturates() if precise is None else precise:
             self.why = (
                 "x86 CPU without VNNI: onnxruntime converts weights depending on their values"
