@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from resq_deploy import artifacts, data, floats, metrics, progress, recipe, runtime, static
 from resq_deploy.data.base import Dataset
-from resq_deploy.export.qdq import BATCH_AXIS, INPUT, OUTPUT, quiet
+from resq_deploy.export.graph import BATCH_AXIS, INPUT, OUTPUT, quiet
 from resq_deploy.inject import inject
 from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import fold

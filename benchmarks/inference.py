@@ -35,7 +35,8 @@ from torch import nn
 
 from resq_deploy import metrics, runtime, static
 from resq_deploy.data import Dataset
-from resq_deploy.export.qdq import qdq, quiet
+from resq_deploy.export.graph import quiet
+from resq_deploy.export.qdq import qdq
 from resq_deploy.nets import build
 from resq_deploy.nets.quantized import calibrate, quantize
 

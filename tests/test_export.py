@@ -177,7 +177,7 @@ def test_what_brevitas_refuses_is_refused_in_one_line(monkeypatch: pytest.Monkey
     def refuse(*args: object, **options: object) -> None:
         raise RuntimeError("QuantTensor not valid\nand many more lines")
 
-    monkeypatch.setattr("brevitas.export.export_onnx_qcdq", refuse)
+    monkeypatch.setattr("brevitas.export.export_qonnx", refuse)
     net = quantize(build("resnet8", n_classes=10, in_channels=3, seed=1))
     with pytest.raises(ExportError, match="cannot export this network: QuantTensor not valid$"):
         qdq(net, (3, 32, 32), **OPTIONS)

@@ -17,10 +17,11 @@ from resq_deploy.data.base import Dataset, as_float
 from resq_deploy.errors import InputError
 from resq_deploy.export import bundle, c_decoder, checks, decoders, golden
 from resq_deploy.export.bundle import MANIFEST
+from resq_deploy.export.graph import capture
 from resq_deploy.export.manifest import hardening
 from resq_deploy.export.packed import pack
-from resq_deploy.export.qdq import qdq
-from resq_deploy.export.qonnx import execute, qonnx
+from resq_deploy.export.qdq import to_qdq
+from resq_deploy.export.qonnx import execute, to_qonnx
 from resq_deploy.export.tflite import Unsupported, tflite
 from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
@@ -145,8 +146,11 @@ def export(
     if not facts["quantized"]:
         raise InputError(f"{source} is a float checkpoint; export needs an int8 one")
     shape = tuple(images.x.shape[1:])
-    options = {"opset": config.opset, "ir_version": config.ir_version}
-    files = {QDQ: qdq(net, shape, **options), QONNX: qonnx(net, shape, **options)}
+    graph = capture(net, shape, opset=config.opset)
+    files = {
+        QDQ: to_qdq(graph, net, ir_version=config.ir_version),
+        QONNX: to_qonnx(graph, net, ir_version=config.ir_version),
+    }
     weights = {name: codes(layer).numpy() for name, layer in weight_layers(net).items()}
     kernels = checks.integer_kernels(files[QDQ].SerializeToString())
     stored = encoding_of(net)

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy.encoding import Checked, Encoding, InPlaceSecded, Saf, secded
 from resq_deploy.errors import InputError
-from resq_deploy.export.qdq import replace_input
+from resq_deploy.export.graph import replace_input
 
 BITWISE_OPSET = 18
 """The first with BitwiseAnd, BitwiseXor, and ReduceSum and Split as they are used here."""

@@ -1,92 +1,125 @@
-"""The int8 QDQ file: Brevitas' exporter behind one function, then made clean and exact.
-
-Brevitas 0.13 builds integer initializers through the TorchScript exporter only.
-"""
+"""The int8 QDQ file, written from the QONNX graph of a network."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import re
-import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
 import onnx
-import torch
-from onnx import numpy_helper
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+from torch import nn
 
 from resq_deploy.errors import ExportError
-from resq_deploy.nets.quantized import UNSIGNED, codes, weight_layers
+from resq_deploy.export.graph import (
+    OUTPUT,
+    attributes,
+    capture,
+    constants,
+    drop_unused,
+    finish,
+    integers,
+)
+from resq_deploy.nets.quantized import encoding_of, weight_layers
 
-INPUT, OUTPUT, BATCH_AXIS = "input", "logits", "N"
 MOVES = (
     "Concat", "Flatten", "Gather", "MaxPool", "Reshape", "Slice", "Squeeze", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
 """Operators that hand elements on as they are: they work on the codes."""
+SIGNED_ZERO = "signed_zero_point"
+"""Of signed activations, stored as uint8 with zero point 128 instead of int8 with 0: the same grid,
+but onnxruntime has integer convolutions only for inputs and outputs of one type, and those behind a
+ReLU are uint8."""
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings and no prints of the exporters in here."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def _parameters(graph: onnx.GraphProto, net: nn.Module) -> dict[str, str]:
+    """The names of weights and biases by the output of the Quant node behind them.
 
-
-def torchscript(
-    exporter: Callable[..., Any], net: nn.Module, example: Tensor, **options: Any
-) -> onnx.ModelProto:
-    """Run one of Brevitas' exporters quietly and return what it wrote.
-
-    ExportError when it refuses, such as for a bias that is too large for the int32 grid of a
-    channel with next to no weights.
+    ExportError unless these are the weights of the network.
     """
-    # A real file: given a buffer, Brevitas leaves out its passes that make initializers.
-    with TemporaryDirectory() as folder, quiet():
-        file = Path(folder) / "model.onnx"
-        try:
-            exporter(
-                net.eval(), args=example, export_path=str(file), dynamo=False, input_names=[INPUT],
-                output_names=[OUTPUT], keep_initializers_as_inputs=False, **options,
-            )  # fmt: skip
-        except RuntimeError as error:
-            line = str(error).partition("\n")[0]
-            raise ExportError(f"Brevitas cannot export this network: {line}") from error
-        return onnx.load(file)
+    value = {out: node.input[0] for node in graph.node for out in node.output}
+    users = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    found = {name: value.get(name, name) for node in users for name in node.input[1:3]}
+    layers = weight_layers(net)
+    expected = {f"{layer}.{role}" for layer in layers for role in ("weight", "bias")}
+    if set(found.values()) != expected or len(found) != len(expected):
+        wrong = sorted(expected ^ set(found.values()))
+        raise ExportError(f"weights missing from the exported graph, or not its own: {wrong[:4]}")
+    return found
 
 
-def replace_input(graph: onnx.GraphProto, old: str, new: str) -> None:
-    """Rename a tensor wherever a node reads it."""
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name == old:
-                node.input[i] = new
+class _Writer:
+    """Goes through a QONNX graph; what it writes grows in its order."""
 
+    def __init__(self, graph: onnx.GraphProto, net: nn.Module) -> None:
+        self.graph, self.encoding = graph, encoding_of(net)
+        self.stored = constants(graph)
+        self.parameters = _parameters(graph, net)
+        self.not_quant = {n for node in graph.node if node.op_type != "Quant" for n in node.input}
+        self.nodes: list[onnx.NodeProto] = []
+        self.zeros: dict[str, NDArray[Any]] = {}
+        """Zero points of activations."""
+        self.made: dict[str, NDArray[Any]] = {}
+        """Weights and biases, with their scales and zero points."""
+        self.renamed: dict[str, str] = {}
+        """What the output of a Quant node is called now."""
 
-def drop_unused(graph: onnx.GraphProto) -> None:
-    """Remove initializers that no node reads."""
-    used = {name for node in graph.node for name in node.input}
-    unused = [t for t in graph.initializer if t.name not in used]
-    for initializer in unused:
-        graph.initializer.remove(initializer)
+    def node(self, op: str, quant: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
+        """Write a node that stands for a Quant node, called after it."""
+        name = op.join(quant.name.rsplit("Quant", 1))
+        last = op == "DequantizeLinear" and quant.output[0] == OUTPUT
+        output = OUTPUT if last else f"{name}_output_0"
+        self.nodes.append(helper.make_node(op, inputs, [output], name))
+        self.renamed[quant.output[0]] = output
+        return self.nodes[-1]
 
+    def parameter(self, quant: onnx.NodeProto, name: str) -> None:
+        made = integers(quant, self.stored, self.encoding)
+        inputs = {
+            name: made.codes, f"{name}_scale": made.scale, f"{name}_zero_point": made.zero_point
+        }  # fmt: skip
+        self.made |= inputs
+        node = self.node("DequantizeLinear", quant, list(inputs))
+        if made.scale.ndim:
+            node.attribute.append(helper.make_attribute("axis", 0))
 
-def _fold_weight_clips(graph: onnx.GraphProto) -> None:
-    """A Clip behind a weight would absorb a flip to -128: apply it to the codes, remove it."""
-    stored = {t.name: t for t in graph.initializer}
-    for node in [n for n in graph.node if n.op_type == "Clip" and n.input[0] in stored]:
-        weight = stored[node.input[0]]
-        low, high = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
-        clipped = np.clip(numpy_helper.to_array(weight), low, high)
-        weight.CopyFrom(numpy_helper.from_array(clipped, weight.name))
-        replace_input(graph, node.output[0], weight.name)
-        graph.node.remove(node)
+    def activation(self, quant: onnx.NodeProto) -> None:
+        x, scale, zero, bits = quant.input
+        facts, point = attributes(quant), int(self.stored[zero])
+        signed = bool(facts["signed"])
+        given = (int(self.stored[bits]), facts["narrow"], facts["rounding_mode"])
+        if given != (8, 0, b"ROUND") or self.stored[scale].size != 1 or (signed and point):
+            raise ExportError(
+                f"quantizer {quant.name!r} has no form in the file: activations have 8 bits, the "
+                "full range, one scale, and no zero point where they are signed"
+            )
+        if signed:
+            zero, point = SIGNED_ZERO, 128
+        elif zero in self.not_quant:  # as a float
+            zero = f"{zero}.code"
+        self.zeros[zero] = np.array(point, np.uint8)
+        codes = self.node("QuantizeLinear", quant, [self.renamed.get(x, x), scale, zero])
+        self.node("DequantizeLinear", quant, [codes.output[0], scale, zero])
+
+    def write(self) -> None:
+        """Replace the nodes and initializers of the graph by those of a QDQ file."""
+        for node in self.graph.node:
+            if node.op_type != "Quant":
+                node.input[:] = [self.renamed.get(name, name) for name in node.input]
+                self.nodes.append(node)
+            elif node.output[0] in self.parameters:
+                self.parameter(node, self.parameters[node.output[0]])
+            else:
+                self.activation(node)
+        values = self.stored | self.zeros | self.made
+        kept = [name for name in self.stored if name not in self.made]
+        order = dict.fromkeys([*kept, *self.zeros, *self.made])
+        del self.graph.node[:], self.graph.initializer[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.initializer.extend(numpy_helper.from_array(values[n], n) for n in order)
+        drop_unused(self.graph)
 
 
 def _move_codes(graph: onnx.GraphProto) -> None:
@@ -122,94 +155,15 @@ def _move_codes(graph: onnx.GraphProto) -> None:
     graph.node.extend(n for n in ordered if n.op_type != "DequantizeLinear" or n.output[0] in read)
 
 
-def _unsigned_activations(graph: onnx.GraphProto) -> None:
-    """Store signed activations as uint8 with zero point 128 instead of int8 with 0.
-
-    The same grid; but onnxruntime has integer convolutions only for inputs and outputs of one
-    type, and those behind a ReLU are uint8.
-    """
-    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-    signed: set[str] = set()
-    for node in graph.node:
-        if node.op_type == "QuantizeLinear" and stored[node.input[2]].dtype == np.int8:
-            signed.add(node.output[0])
-        elif node.op_type in MOVES and node.input[0] in signed:
-            signed.update(node.output)
-            continue
-        elif not (node.op_type == "DequantizeLinear" and node.input[0] in signed):
-            continue
-        node.input[2] = "signed_zero_point"
-    if signed:
-        zero = numpy_helper.from_array(np.array(128, np.uint8), "signed_zero_point")
-        graph.initializer.append(zero)
-
-
-def _signed_weights(graph: onnx.GraphProto) -> None:
-    """Store uint8 weights as int8: the same bytes with the top bit inverted, zero point and all."""
-    stored = {t.name: t for t in graph.initializer}
-    for node in [n for n in graph.node if n.op_type == "DequantizeLinear"]:
-        weight = stored.get(node.input[0])
-        if weight is None or weight.data_type != onnx.TensorProto.UINT8:
-            continue
-        for slot in (0, 2):
-            unsigned = numpy_helper.to_array(stored[node.input[slot]])
-            node.input[slot] += ".signed"
-            signed = (unsigned.astype(np.int16) - UNSIGNED).astype(np.int8)
-            graph.initializer.append(numpy_helper.from_array(signed, node.input[slot]))
-
-
-def _name_weights(graph: onnx.GraphProto, net: nn.Module) -> None:
-    """Name weights, scales and biases like the PyTorch parameters, in the order of the graph.
-
-    Every weight layer gets initializers of its own, also where two happen to be equal and the
-    exporter stored them once: a fault in one must not reach the other.
-    """
-    stored = {t.name: t for t in graph.initializer}
-    producer = {out: node for node in graph.node for out in node.output}
-    wanted = {n: codes(layer).numpy() for n, layer in weight_layers(net).items()}
-    users = [n for n in graph.node if n.op_type in ("Conv", "Gemm")]
-    for node in users:
-        weight_dq = producer[node.input[1]]
-        stored_codes = numpy_helper.to_array(stored[weight_dq.input[0]])
-        leaf = node.name.split("/")[-2].split(".")[-1]  # /layer1/layer1.0/conv1/Conv -> conv1
-        leaves = (leaf, re.sub(r"_\d+$", "", leaf))  # the exporter numbers scopes of one name
-        names = [
-            name
-            for name, expected in wanted.items()
-            if name.split(".")[-1] in leaves and np.array_equal(expected, stored_codes)
-        ]
-        if not names:
-            raise ExportError(f"no weight of the network has the codes of node {node.name!r}")
-        wanted.pop(names[0])
-        bias_dq = producer[node.input[2]]
-        roles = [
-            (weight_dq, 0, "weight"), (weight_dq, 1, "weight_scale"),
-            (weight_dq, 2, "weight_zero_point"), (bias_dq, 0, "bias"), (bias_dq, 1, "bias_scale"),
-            (bias_dq, 2, "bias_zero_point"),
-        ]  # fmt: skip
-        for reader, slot, suffix in roles:
-            own = onnx.TensorProto()
-            own.CopyFrom(stored[reader.input[slot]])
-            own.name = f"{names[0]}.{suffix}"
-            graph.initializer.append(own)
-            reader.input[slot] = own.name
-    if wanted:
-        raise ExportError(f"weights missing from the exported graph: {', '.join(wanted)}")
-    drop_unused(graph)
-
-
-def finish(model: onnx.ModelProto, *, ir_version: int) -> onnx.ModelProto:
-    """The metadata that must not vary; checked by onnx."""
-    model.ir_version = ir_version
-    model.producer_name, model.producer_version = "resq-deploy", ""
-    model.doc_string = ""
-    del model.metadata_props[:]
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        node.doc_string = ""
-        del node.metadata_props[:]
-    onnx.checker.check_model(model, full_check=False)
-    return model
+def to_qdq(graph: onnx.ModelProto, net: nn.Module, *, ir_version: int) -> onnx.ModelProto:
+    """The QDQ model of a network, from its graph as `graph.capture` gives it."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    _Writer(model.graph, net).write()
+    _move_codes(model.graph)
+    for entry in [entry for entry in model.opset_import if entry.domain]:
+        model.opset_import.remove(entry)
+    return finish(model, ir_version=ir_version)
 
 
 def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) -> onnx.ModelProto:
@@ -218,15 +172,4 @@ def qdq(net: nn.Module, shape: tuple[int, ...], *, opset: int, ir_version: int) 
     int8 weights and int32 biases are initializers named like the parameters
     (`layer1.0.conv1.weight`); no Clip stands behind a weight.
     """
-    from brevitas.export import export_onnx_qcdq
-
-    model = torchscript(
-        export_onnx_qcdq, net, torch.zeros(1, *shape), opset_version=opset,
-        dynamic_axes={INPUT: {0: BATCH_AXIS}, OUTPUT: {0: BATCH_AXIS}},
-    )  # fmt: skip
-    _fold_weight_clips(model.graph)
-    _move_codes(model.graph)
-    _unsigned_activations(model.graph)
-    _signed_weights(model.graph)
-    _name_weights(model.graph, net)
-    return finish(model, ir_version=ir_version)
+    return to_qdq(capture(net, shape, opset=opset), net, ir_version=ir_version)

@@ -11,30 +11,42 @@ from typing import cast
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
 from resq_deploy.encoding import Encoding
-from resq_deploy.export.qdq import drop_unused, finish, quiet, replace_input, torchscript
+from resq_deploy.export.graph import (
+    BIAS_BITS,
+    capture,
+    constants,
+    drop_unused,
+    finish,
+    integers,
+    quiet,
+    replace_input,
+)
 from resq_deploy.nets.quantized import encoding_of
 
 CHUNK = 100
 
 
-def _fold_bias_quant(graph: onnx.GraphProto) -> None:
-    """Replace every Quant node of 32 bits on an initializer by the value it computes."""
-    stored = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+def _exact_values(graph: onnx.GraphProto, encoding: Encoding) -> None:
+    """Put constants on the values that the network computes with.
+
+    Biases lose their Quant node of 32 bits. Weights keep theirs, which rounds to the next integer,
+    and get the values of levels that are not all integers.
+    """
+    stored = constants(graph)
     for node in [n for n in graph.node if n.op_type == "Quant" and n.input[0] in stored]:
-        x, scale, zero, width = (stored[name] for name in node.input)
-        if int(width) != 32:
-            continue
-        limit = 2.0**31
-        steps = np.clip(np.rint(x.astype(np.float64) / scale + zero), -limit, limit - 1)
-        exact = ((steps - zero) * scale).astype(np.float32)
-        graph.initializer.append(numpy_helper.from_array(exact, node.output[0]))
-        graph.node.remove(node)
+        if int(stored[node.input[3]]) == BIAS_BITS:
+            exact = integers(node, stored, encoding).values
+            graph.initializer.append(numpy_helper.from_array(exact, node.output[0]))
+            graph.node.remove(node)
+        elif not encoding.uniform:
+            weight = next(t for t in graph.initializer if t.name == node.input[0])
+            exact = integers(node, stored, encoding).values
+            weight.CopyFrom(numpy_helper.from_array(exact, weight.name))
     drop_unused(graph)
 
 
@@ -50,17 +62,24 @@ def _name_weights(graph: onnx.GraphProto) -> None:
                     tensor.name = f"{node.name}.weight"
 
 
-def _round_to_levels(graph: onnx.GraphProto, encoding: Encoding) -> None:
-    """Put float weights on levels that are not those of their Quant node, which rounds to the next
-    integer."""
-    stored = {t.name: t for t in graph.initializer}
-    for node in graph.node:
-        if node.op_type == "Quant" and node.input[0] in stored:
-            weight = stored[node.input[0]]
-            scale = numpy_helper.to_array(stored[node.input[1]])
-            code = encoding.nearest(numpy_helper.to_array(weight) / scale)
-            exact = code.astype(np.float32) * scale
-            weight.CopyFrom(numpy_helper.from_array(exact, weight.name))
+def to_qonnx(graph: onnx.ModelProto, net: nn.Module, *, ir_version: int) -> onnx.ModelProto:
+    """The cleaned QONNX model of a network, from its graph as `graph.capture` gives it."""
+    from qonnx.core.modelwrapper import ModelWrapper
+    from qonnx.transformation.infer_shapes import InferShapes
+    from qonnx.util.cleanup import cleanup_model
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    for info in (*model.graph.input, *model.graph.output):
+        info.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]
+    with quiet():
+        model = cleanup_model(ModelWrapper(model)).model
+    _exact_values(model.graph, encoding_of(net))
+    _name_weights(model.graph)
+    model = finish(model, ir_version=ir_version)
+    with quiet():
+        return cast(onnx.ModelProto, ModelWrapper(model).transform(InferShapes()).model)
 
 
 def qonnx(
@@ -71,21 +90,7 @@ def qonnx(
     Its weights are what a device reads, whatever the encoding of the stored codes. Every tensor
     has its shape, which qonnx's executor and some front ends ask for.
     """
-    from brevitas.export import export_qonnx
-    from qonnx.core.modelwrapper import ModelWrapper
-    from qonnx.transformation.infer_shapes import InferShapes
-    from qonnx.util.cleanup import cleanup_model
-
-    model = torchscript(export_qonnx, net, torch.zeros(1, *shape), opset_version=opset)
-    with quiet():
-        model = cleanup_model(ModelWrapper(model)).model
-    _fold_bias_quant(model.graph)
-    _name_weights(model.graph)
-    if not encoding_of(net).uniform:
-        _round_to_levels(model.graph, encoding_of(net))
-    model = finish(model, ir_version=ir_version)
-    with quiet():
-        return cast(onnx.ModelProto, ModelWrapper(model).transform(InferShapes()).model)
+    return to_qonnx(capture(net, shape, opset=opset), net, ir_version=ir_version)
 
 
 def execute(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:

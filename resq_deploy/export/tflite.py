@@ -19,7 +19,7 @@ from onnx import numpy_helper
 from resq_deploy.errors import ExportError
 from resq_deploy.export import flatbuffer
 from resq_deploy.export.flatbuffer import Operator, Tensor
-from resq_deploy.export.qdq import INPUT, OUTPUT
+from resq_deploy.export.graph import INPUT, OUTPUT, attributes
 
 SHIFT = 128
 """Between uint8 codes and zero points and int8 ones."""
@@ -41,10 +41,6 @@ class Unsupported(ExportError):
 
 def _refuse(node: onnx.NodeProto, why: str) -> Unsupported:
     return Unsupported(f"model.tflite cannot hold {node.op_type} {node.name!r}: {why}")
-
-
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
 def _nhwc(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,7 +138,7 @@ class _Converter:
         SAME pads behind more than in front where a stride leaves a remainder, ONNX evenly: there
         an operator of its own pads, with the zero point, or with the `lowest` code.
         """
-        facts = _attributes(node)
+        facts = attributes(node)
         if facts.get("auto_pad", b"NOTSET") != b"NOTSET" or facts.get("ceil_mode", 0):
             raise _refuse(node, "auto_pad and ceil_mode are not translated")
         pads = facts.get("pads", [0, 0, 0, 0])
@@ -174,7 +170,7 @@ class _Converter:
         return name, VALID
 
     def conv(self, node: onnx.NodeProto, out: str, activation: int) -> None:
-        facts = _attributes(node)
+        facts = attributes(node)
         x = self.codes(node.input[0], node)
         channels, group = self.shapes[x][1], facts.get("group", 1)
         depthwise = group == channels and group > 1
@@ -196,7 +192,7 @@ class _Converter:
         self.emit(code, 3, (x, weight, bias), out, options, **fields)
 
     def gemm(self, node: onnx.NodeProto, out: str, activation: int) -> None:
-        facts = _attributes(node)
+        facts = attributes(node)
         usual = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
         if {**{"transB": 0}, **facts} | usual != {**usual, **facts}:
             raise _refuse(node, "x W^T + b expected")
@@ -221,7 +217,7 @@ class _Converter:
         self.emit("MEAN", 2, (x, axes), out, "ReducerOptions", KeepDims=keep)
 
     def max_pool(self, node: onnx.NodeProto) -> None:
-        facts = _attributes(node)
+        facts = attributes(node)
         if any(d != 1 for d in facts.get("dilations", [1, 1])):
             raise _refuse(node, "dilations")
         source, out = self.tensors[node.input[0]], node.output[0]
@@ -234,7 +230,7 @@ class _Converter:
     def flatten(self, node: onnx.NodeProto) -> None:
         """(N, C, H, W) -> (N, C H W) in ONNX's order of elements."""
         source, out = self.tensors[node.input[0]], node.output[0]
-        if _attributes(node).get("axis", 1) != 1:
+        if attributes(node).get("axis", 1) != 1:
             raise _refuse(node, "an axis that is not 1")
         x, shape = source.name, self.shapes[source.name]
         if len(shape) == 4 and shape[2] * shape[3] > 1:
