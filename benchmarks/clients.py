@@ -28,42 +28,36 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from tabulate import tabulate
 
-from resq_deploy import data, runtime
+from resq_deploy import artifacts, data, runtime
 from resq_deploy.errors import InputError
 
-PACKAGES = {"litert": "ai-edge-litert==2.3.0", "vela": "ethos-u-vela==5.2.0"}
-"""What is installed for a tool, each into its own environment; others run in this one."""
-LITERT = """
-import sys
-import numpy as np
-from ai_edge_litert.interpreter import Interpreter, OpResolverType
-
-model, images, out, kernels = sys.argv[1:]
-kind = getattr(OpResolverType, kernels)
-net = Interpreter(model, num_threads=1, experimental_op_resolver_type=kind)
-net.allocate_tensors()
-(source,), (sink,) = net.get_input_details(), net.get_output_details()
-answers = []
-for image in np.load(images).transpose(0, 2, 3, 1):
-    net.set_tensor(source["index"], (image[None].astype(np.int16) - 128).astype(np.int8))
-    net.invoke()
-    answers.append(net.get_tensor(sink["index"])[0].astype(np.int64))
-np.save(out, np.array(answers) - sink["quantization"][1])
-"""
+PACKAGES = {
+    "litert": [["ai-edge-litert==2.3.0"]],
+    "tflite-micro": [["tflite-micro==0.dev20261023182759"]],
+    "vela": [["ethos-u-vela==5.2.0"]],
+    "hls4ml": [["hls4ml==1.3.0", "qonnx==1.0.0", "onnx==1.22.0"]],
+    # Its front end needs no more; all of its dependencies are gigabytes (PyTorch with CUDA).
+    "finn": [
+        ["qonnx==1.0.0", "onnx==1.21.0", "onnxruntime==1.25.1", "rich==13.9.4"],
+        ["--no-deps", "finn-plus==1.6.1"],
+    ],
+}
+"""What pip installs for a tool, call by call, into its own environment; others run in this one."""
+INSIDE = Path(__file__).parent / "in_clients"
+"""Programs that run in those environments."""
 
 
 def environment(client: str, folder: Path) -> Path:
     """The Python of the client's environment, which is made if it is not there."""
     home = folder / client
-    python = home / "bin" / "python"
-    ready = home / PACKAGES[client]  # installed whole; an interrupted pip leaves no mark
-    if not ready.exists():
+    python, ready = home / "bin" / "python", home / "installed.json"
+    wanted = json.dumps(PACKAGES[client])
+    if not (ready.is_file() and ready.read_text() == wanted):  # an interrupted pip leaves none
         venv.create(home, with_pip=True, clear=True)
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
-             PACKAGES[client]], check=True,
-        )  # fmt: skip
-        ready.touch()
+        for packages in PACKAGES[client]:
+            pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            subprocess.run([*pip, *packages], check=True)
+        ready.write_text(wanted)
     return python
 
 
@@ -101,15 +95,45 @@ class Folder:
         }
 
 
-def litert(folder: Folder, environments: Path, kernels: str) -> dict[str, Any]:
-    """LiteRT on model.tflite; `kernels` is the name of an OpResolverType."""
-    python = environment("litert", environments)
+def inside(
+    client: str, folder: Path, environments: Path, file: str, *options: str
+) -> tuple[dict[str, Any], str]:
+    """Run a file of the folder in a client's environment: how far its logits are, what it printed.
+
+    Its program is called with the file, the images, where to write logits, and `options`; it may
+    write into the folder that it runs in.
+    """
+    python = environment(client, environments)
+    program = INSIDE / f"run_{client.replace('-', '_')}.py"
     with tempfile.TemporaryDirectory() as work:
         images, out = Path(work) / "x.npy", Path(work) / "y.npy"
         np.save(images, folder.x)
-        command = [python, "-c", LITERT, folder.path / "model.tflite", images, out, kernels]
-        subprocess.run(command, check=True, capture_output=True)
-        return folder.compare(np.load(out))
+        command = [python, program, (folder.path / file).resolve(), images, out, *options]
+        ended = subprocess.run(command, cwd=work, capture_output=True, text=True)
+        if ended.returncode:
+            raise click.ClickException(f"{client} failed:\n{ended.stderr[-2000:]}")
+        return folder.compare(folder.steps(np.load(out))), ended.stdout
+
+
+def litert(folder: Folder, environments: Path, kernels: str) -> dict[str, Any]:
+    """LiteRT on model.tflite; `kernels` is the name of an OpResolverType."""
+    return inside("litert", folder, environments, "model.tflite", kernels)[0]
+
+
+def tflite_micro(folder: Folder, environments: Path) -> dict[str, Any]:
+    """The interpreter of TFLite Micro, with its reference kernels, on model.tflite."""
+    return inside("tflite-micro", folder, environments, "model.tflite")[0]
+
+
+def hls4ml(folder: Folder, environments: Path) -> dict[str, Any]:
+    """The C++ model that hls4ml makes of model.qonnx.onnx, compiled for this machine."""
+    return inside("hls4ml", folder, environments, "model.qonnx.onnx", "project")[0]
+
+
+def finn(folder: Folder, environments: Path) -> dict[str, Any]:
+    """model.qonnx.onnx behind FINN's front end, in qonnx's executor; operators by kind."""
+    row, printed = inside("finn", folder, environments, "model.qonnx.onnx")
+    return row | {"operators": json.loads(printed.splitlines()[-1])}
 
 
 def vela(folder: Folder, environments: Path) -> dict[str, Any]:
@@ -148,9 +172,14 @@ def ort_format(folder: Folder, environments: Path) -> dict[str, Any]:
 CLIENTS: dict[str, Callable[[Folder, Path], dict[str, Any]]] = {
     "LiteRT, XNNPACK": lambda f, e: litert(f, e, "AUTO"),
     "LiteRT, reference kernels": lambda f, e: litert(f, e, "BUILTIN_REF"),
+    "TFLite Micro": tflite_micro,
     "Arm Vela, Ethos-U55-128": vela,
     "onnxruntime, ORT format": ort_format,
+    "FINN+, front end": finn,
+    "hls4ml, C++": hls4ml,
 }
+NEEDS_SHIFTS = {"hls4ml, C++"}
+"""Clients that are left out unless the profile is po2-tensor or they are asked for by name."""
 
 
 def _rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
@@ -170,6 +199,7 @@ def _rows(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
 @click.option("--images", type=int, help="The first N test images. [all]")
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the data. [$RESQ_DATA]")
 @click.option("--environments", type=click.Path(path_type=Path), required=True)
+@click.option("--client", "clients", multiple=True, type=click.Choice([*CLIENTS]), help="[all]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path))
 def main(
     export: Path,
@@ -177,14 +207,17 @@ def main(
     images: int | None,
     root: Path | None,
     environments: Path,
+    clients: tuple[str, ...],
     json_file: Path | None,
 ) -> None:
-    """Run every client on EXPORT and print how far its outputs are from onnxruntime's."""
+    """Run clients on EXPORT and print how far their outputs are from onnxruntime's."""
     try:
         folder = Folder(export, data.load_test(name, root).first(images).x)
     except InputError as error:
         raise click.ClickException(str(error)) from None
-    found = {client: run(folder, environments.resolve()) for client, run in CLIENTS.items()}
+    shifts = artifacts.read_json(export / "manifest.json")["profile"] == "po2-tensor"
+    chosen = clients or [c for c in CLIENTS if shifts or c not in NEEDS_SHIFTS]
+    found = {client: CLIENTS[client](folder, environments.resolve()) for client in chosen}
     headers = ["client", "equal", "within one step", "same top-1", "most steps"]
     click.echo(tabulate(list(_rows(found)), headers, tablefmt="github", disable_numparse=True))
     if json_file is not None:
