@@ -154,6 +154,8 @@ class TestTraced:
         ("PreActivated", 5, 0),  # 4, and one for the batch norm behind the shortcut
         ("SqueezeExcitation", 2, 3),  # 1, and one for the constants in front
         ("TwoReaders", 2, 1),  # 1, and one for the factor in front of ReLU6
+        ("MobileNetV3", 20, 1),  # 12, and one for each of 6 Hardswish and 2 Hardsigmoid
+        ("Perceptron", 1, 3),
     ],
 )
 def test_what_people_write_computes_in_integers(name: str, convolutions: int, linear: int) -> None:
@@ -279,6 +281,11 @@ class SharedNorm(nn.Module):
         return (self.norm(self.a(x)) + self.norm(self.b(x))).flatten(1)
 
 
+class TanhGELU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(x, approximate="tanh").flatten(1)
+
+
 class Halves(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a, b = torch.chunk(x, 2, dim=2)
@@ -296,11 +303,16 @@ class Halves(nn.Module):
         (nn.Sequential(nn.Conv2d(3, 4, 3)), ["module '0' does not take images of shape"]),
         (nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), nn.Flatten()),
          ["module '0': padding_mode 'circular'"]),
+        (nn.Sequential(nn.Flatten(), nn.Linear(256, 3), nn.Hardswish()),
+         ["module '2': of maps (N, C, H, W) only"]),
+        (nn.Sequential(nn.Conv2d(1, 3, 3), nn.PReLU(3), nn.GELU(), nn.Flatten()),
+         ["module '1': PReLU with a slope per channel", "module '2': GELU directly behind"]),
+        (TanhGELU(), ["module 'gelu': GELU approximated by tanh"]),
         (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(256)), ["module '1': BatchNorm1d"]),
         (nn.Sequential(nn.Conv2d(1, 4, 3)), ["one tensor of logits"]),
     ],
     ids=["norm", "control flow", "shared", "shared norm", "chunk", "channels", "padding",
-         "batch norm", "output"],
+         "hardswish", "activations", "function", "batch norm", "output"],
 )  # fmt: skip
 def test_what_cannot_be_quantized_is_named(net: nn.Module, messages: list[str]) -> None:
     with pytest.raises(InputError) as raised:

@@ -51,6 +51,14 @@ class Foldable(nn.Module):
         raise NotImplementedError
 
 
+class UnitClip(nn.Hardtanh):
+    """Values clipped to [0, 1]; quantized it is nothing but a `unit` quantizer, which saturates
+    there."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 1.0)
+
+
 class SiLU(nn.Module):
     """x * sigmoid(x), same shape; quantized: input, sigmoid and product."""
 

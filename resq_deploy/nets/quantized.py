@@ -21,7 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from resq_deploy.encoding import Encoding
 from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
-from resq_deploy.nets.blocks import Add, Boundary, Foldable
+from resq_deploy.nets.blocks import Add, Boundary, Foldable, UnitClip
 from resq_deploy.nets.quantizers import Profile, weight_quantizer
 from resq_deploy.nets.quantizers import profile as parse_profile
 
@@ -117,6 +117,8 @@ def _layer(
         return cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
     elif isinstance(old, Add):
         return QuantAdd(old, profile.kinds["signed"])
+    elif isinstance(old, UnitClip):
+        return _quantizer(profile.kinds["unit"])
     elif isinstance(old, Boundary):
         return _quantizer(profile.kinds[old.kind], plain=old.plain)
     else:

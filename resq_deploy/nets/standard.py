@@ -15,7 +15,8 @@ from resq_deploy.errors import InputError
 
 ACTIVATIONS = {
     torch.relu: nn.ReLU, torch.relu_: nn.ReLU, "relu": nn.ReLU, "relu_": nn.ReLU,
-    F.silu: nn.SiLU, F.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
+    F.silu: nn.SiLU, F.gelu: nn.GELU, F.hardswish: nn.Hardswish, F.hardsigmoid: nn.Hardsigmoid,
+    F.sigmoid: nn.Sigmoid, torch.sigmoid: nn.Sigmoid, "sigmoid": nn.Sigmoid,
 }  # fmt: skip
 """Functions and methods that Brevitas' TorchFunctionalToModule does not know."""
 
@@ -46,7 +47,8 @@ def _functions_to_modules(graph: Any) -> None:
         if node.name in dict(graph.named_modules()):
             node._rename(f"{node.name}_fn")  # the module is called like the node
         if node.target in ACTIVATIONS:
-            graph.add_submodule(node.name, ACTIVATIONS[node.target]())
+            kept = {k: v for k, v in node.kwargs.items() if k == "approximate"}  # of GELU
+            graph.add_submodule(node.name, ACTIVATIONS[node.target](**kept))
             node.op, node.target = "call_module", node.name
             node.args, node.kwargs = tuple(node.all_input_nodes), {}
     table = (*TorchFunctionalToModule.FN_TO_MODULE_MAP, (F.dropout2d, nn.Dropout2d))

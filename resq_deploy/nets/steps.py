@@ -15,7 +15,7 @@ from brevitas.quant_tensor import QuantTensor
 from torch import Tensor, fx, nn
 
 from resq_deploy.errors import InputError
-from resq_deploy.nets.blocks import Add, Boundary
+from resq_deploy.nets.blocks import Add, Boundary, UnitClip
 from resq_deploy.nets.quantized import value
 
 INPUT = "input"
@@ -94,11 +94,14 @@ MODULES: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
         (nn.ReLU6, ()),
         (nn.LeakyReLU, ("negative_slope",)),
         (nn.Sigmoid, ()),
+        (nn.GELU, ()),
+        (nn.LayerNorm, ("normalized_shape", "eps", "elementwise_affine", "bias")),
         (nn.MaxPool2d, (*_POOL, "dilation")),
         (nn.AvgPool2d, (*_POOL, "count_include_pad")),
         (nn.AdaptiveAvgPool2d, ("output_size",)),
         (nn.Flatten, ()),
         (Dropout, ("p", "maps")),
+        (UnitClip, ()),
         (Boundary, ("kind", "plain")),
         (Add, ("skip_is_quantized", "main_is_quantized")),
         (Concat, ("dim",)),

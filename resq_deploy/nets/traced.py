@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from resq_deploy.errors import InputError
-from resq_deploy.nets.blocks import Add, Boundary, Kind
+from resq_deploy.nets.blocks import Add, Boundary, Kind, UnitClip
 from resq_deploy.nets.standard import Refused, is_tensor, path_of, shape_of, standard_form
 from resq_deploy.nets.steps import (
     INPUT,
@@ -45,7 +45,7 @@ AFFINE = {
 RESHAPES = ("view", "reshape", "flatten", "squeeze", torch.flatten, torch.reshape, torch.squeeze)
 PASSED = ("contiguous", "clone", "float")
 SOFTMAXES = (F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, "softmax", "log_softmax")
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
+NORMS = (nn.GroupNorm, nn.InstanceNorm2d, nn.LocalResponseNorm)
 
 
 class _Converter(Writer):
@@ -78,6 +78,20 @@ class _Converter(Writer):
             x = self.quantized(x)
             gate = self.write(self.free(f"{name}_sigmoid"), nn.Sigmoid, self.plain(x), of="unit")
             return self.write(name, Multiply, x, self.quantized(gate))
+        if kind is nn.Hardsigmoid:
+            return self.hard_sigmoid(name, x, node)
+        if kind is nn.Hardswish:
+            x = self.quantized(x)
+            return self.write(name, Multiply, x, self.hard_sigmoid(f"{name}_gate", x, node))
+        if kind is nn.PReLU:
+            if module.num_parameters > 1:
+                raise Refused("PReLU with a slope per channel; there is one with one slope")
+            slope = module.weight.item()
+            return self.write(name, nn.LeakyReLU, self.plain(x), negative_slope=slope)
+        if kind is nn.LayerNorm:
+            return self.write(name, kind, self.plain(x), **options_of(module))
+        if kind is nn.GELU:
+            return self.gelu(name, module, x)
         if kind in (nn.LeakyReLU, nn.Sigmoid):
             after: Kind = "unit" if kind is nn.Sigmoid else "signed"
             return self.write(name, kind, self.plain(x), of=after, **options_of(module))
@@ -128,6 +142,23 @@ class _Converter(Writer):
             ones = torch.ones(module.num_features)
             x = self.depthwise(self.free(f"{name}_scale"), x, ones, None)
         return self.write(name, type(module), x, **options_of(module))
+
+    def gelu(self, name: str, module: nn.Module, x: Ref) -> Ref:
+        """In float: onnxruntime has no integer kernel; its float one reads no quantized value."""
+        if module.approximate != "none":
+            raise Refused("GELU approximated by tanh; there is the exact one")
+        if x.quantized or self.steps[x.step]["module"] not in ("Linear", "LayerNorm"):
+            raise Refused("GELU directly behind a linear layer or LayerNorm only")
+        return self.write(name, nn.GELU, x)
+
+    def hard_sigmoid(self, name: str, x: Ref, node: fx.Node) -> Ref:
+        """x / 6 + 1/2, clipped to [0, 1]: a 1x1 convolution, whose result saturates there."""
+        shape = shape_of(node)
+        if len(shape) != 4:
+            raise Refused("of maps (N, C, H, W) only, it becomes a convolution")
+        sixth = torch.full((shape[1],), 1 / 6)
+        line = self.depthwise(self.free(f"{name}_line"), x, sixth, torch.full_like(sixth, 0.5))
+        return self.write(name, UnitClip, line, quantized=True, of="unit")
 
     # ------------------------------------------------------------------ pooling and shapes
 

@@ -1,4 +1,4 @@
-"""What else people write: dense, pre-activated, squeeze-and-excitation, without a linear layer."""
+"""What else people write: dense, pre-activated, squeeze-and-excitation, MobileNetV3, GELU."""
 
 import torch
 import torch.nn.functional as F
@@ -79,3 +79,59 @@ class TwoReaders(nn.Module):
         y = self.conv(x)
         y = torch.relu(self.relu(y) + y)
         return self.fc(self.relu_1(self.relu(20 * y)).reshape(x.shape[0], -1))
+
+
+class HardBlock(nn.Module):
+    """Expansion, depthwise convolution, squeeze and excitation, projection: MobileNetV3's."""
+
+    def __init__(self, channels, hidden):
+        super().__init__()
+        self.expand = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish()
+        )
+        self.depthwise = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 5, padding=2, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.Hardswish(inplace=True),
+        )
+        self.fc1, self.fc2 = nn.Conv2d(hidden, 8, 1), nn.Conv2d(8, hidden, 1)
+        self.project = nn.Sequential(
+            nn.Conv2d(hidden, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x):
+        y = self.depthwise(self.expand(x))
+        scale = F.hardsigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(y, 1)))))
+        return self.project(scale * y) + x
+
+
+class MobileNetV3(nn.Module):
+    """Two of its blocks; the head without Hardswish on vectors, which is refused."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.Hardswish()
+        )
+        self.blocks = nn.Sequential(HardBlock(8, 16), HardBlock(8, 24))
+        self.head = nn.Conv2d(8, 16, 1)
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.hardswish(self.head(self.blocks(self.stem(x))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+class Perceptron(nn.Module):
+    """What stays in float between the layers: GELU and LayerNorm; PReLU with one slope."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=2, padding=1)
+        self.prelu = nn.PReLU()
+        self.fc1, self.fc2 = nn.Linear(256, 32), nn.Linear(32, 32)
+        self.norm, self.fc3 = nn.LayerNorm(32), nn.Linear(32, 5, bias=False)
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(self.prelu(self.conv(x)).flatten(1)))
+        return self.fc3(F.gelu(self.norm(self.fc2(x))))
