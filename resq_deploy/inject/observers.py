@@ -66,6 +66,9 @@ class _Remote:
     def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         raise NotImplementedError
 
+    def _died(self) -> ResqError:
+        return ResqError(f"{self.lost}; finished trials are stored: continue with --resume")
+
     def observe(self, numbers: Sequence[int]) -> Results:
         """Batches as they finish; when interrupted, those in flight still come out."""
         todo = iter(numbers)
@@ -81,13 +84,13 @@ class _Remote:
             except KeyboardInterrupt as error:
                 interrupted, todo, done = error, iter(()), set()
                 running = {future for future in running if not future.cancel()}
+            except self.deaths:
+                raise self._died() from None
             if done:
                 try:
                     yield [future.result() for future in done]
                 except self.deaths:
-                    raise ResqError(
-                        f"{self.lost}; finished trials are stored: continue with --resume"
-                    ) from None
+                    raise self._died() from None
             elif not running:
                 break
         if interrupted:
@@ -117,6 +120,9 @@ class Processes(_Remote):
         )
         self._job, self._network = job, network
         self._shared: Shared | None = None
+        with _interrupts_held():
+            for _ in range(workers):  # they start while the first golden run is made
+                self._pool.submit(int)
 
     def enter(self, chunk: Chunk) -> None:
         """Make the golden run of a chunk, for all workers."""
