@@ -31,7 +31,12 @@ hardware. Fault patterns, and the images under attack, are the same for every co
 
 
 def summary(found: dict[str, Any]) -> list[list[str]]:
-    """Rows of the README: clean, and the mildest attack and fault rate that the verdict uses."""
+    """Rows of the README: clean, and the mildest attack and fault rate that the verdict uses.
+
+    None of an undertrained network: its page says that the way works, not what is gained.
+    """
+    if undertrained(found["notes"]):
+        return []
     wanted = {
         "clean": lambda row: True,
         "adversarial": lambda row: row["epsilon"] == found["verdict"]["attack"].get("epsilon"),
@@ -63,10 +68,37 @@ def read(run: Path) -> dict[str, Any]:
         "held_out": artifacts.read_json(run / "adjust" / "checkpoint.json")["held_out"],
         "training": {key: facts[key] for key in ("precision", "threads")}
         | {key: facts["versions"][key] for key in ("torch", "brevitas")},
-        "data": {key: recipe["data"].get(key) for key in ("name", "train", "test")},
+        "data": {key: recipe["data"].get(key) for key in ("name", "train", "test", "train_images")},
+        "model": {key: recipe["model"].get(key) for key in ("net", "width", "profile")},
         "epochs": {stage: recipe[stage]["epochs"] for stage in stages},
     }
+    files = sorted((run / "export").glob("*/manifest.json"))
+    pairs = [pair for file in files for pair in artifacts.read_json(file)["parity"]]
+    if pairs:
+        notes["parity"] = {
+            "files": len(files),
+            "images": pairs[0]["n_images"],
+            "within_one_step": min(pair["within_one_step"] for pair in pairs),
+            "max_steps": max(pair["max_steps"] for pair in pairs),
+        }
     return table.build(sources.load(run)) | {"notes": notes}
+
+
+def agreement(notes: dict[str, Any]) -> str:
+    """How far torch, onnxruntime and qonnx are apart; nothing where an old result is silent."""
+    if "parity" not in notes:
+        return ""
+    parity = notes["parity"]
+    return (
+        f"Parity of torch, onnxruntime and qonnx on the {parity['files']} exported files: at least "
+        f"{parity['within_one_step']} of {parity['images']} images within one output step, at most "
+        f"{parity['max_steps']} step(s) apart.  \n"
+    )
+
+
+def undertrained(notes: dict[str, Any]) -> int | None:
+    """How many training images a short run was given; None for the others."""
+    return notes.get("data", {}).get("train_images")
 
 
 def made(notes: dict[str, Any]) -> str:
@@ -79,18 +111,32 @@ def made(notes: dict[str, Any]) -> str:
     return f"Data: {', '.join([data['name'], *files])}; epochs: {epochs}.  \n"
 
 
+def warning(notes: dict[str, Any]) -> str:
+    """What stands above the table of a short run."""
+    images = undertrained(notes)
+    if images is None:
+        return ""
+    model = notes["model"]
+    return (
+        f"**Undertrained**: {model['net']} of width {model['width']:g} on {images:,} training "
+        f"images,\n{notes['epochs']['float']} float epochs. It shows that every stage works on this "
+        "network, not what it can reach.\n\n"
+    )
+
+
 def section(found: dict[str, Any]) -> str:
     """One run in Markdown."""
     notes = found["notes"]
     attack, training, check = notes["attack"], notes["training"], notes["held_out"]
     change, kept = check["change"], "kept" if check["kept"] else "not kept"
+    title, _, text = table.markdown(found).partition("\n\n")
     return (
-        f"{table.markdown(found).replace('# ', '## ', 1)}\n"
+        f"#{title}\n\n{warning(notes)}{text}\n"
         f"Attack: PGD with {attack['steps']} steps, {attack['restarts']} random start, "
         "step size 1.25 epsilon / sqrt(steps).  \n"
         f"Stage 3 on images and patterns it had not seen: objective {change['value']:+.4f} "
         f"[{change['low']:+.4f}, {change['high']:+.4f}], {kept}.  \n"
-        f"{made(notes)}"
+        f"{made(notes)}{agreement(notes)}"
         f"Training: {training['precision']}, {training['threads']} thread(s), torch "
         f"{training['torch']}, Brevitas {training['brevitas']}; another "
         "number of threads sums in another order and moves the last bits.  \n"

@@ -83,7 +83,7 @@ class _Converter(Writer):
         if kind is nn.Hardswish:
             x = self.quantized(x)
             return self.write(name, Multiply, x, self.hard_sigmoid(f"{name}_gate", x, node))
-        if kind is nn.PReLU:
+        if isinstance(module, nn.PReLU):
             if module.num_parameters > 1:
                 raise Refused("PReLU with a slope per channel; there is one with one slope")
             slope = module.weight.item()
