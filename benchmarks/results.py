@@ -119,8 +119,8 @@ def warning(notes: dict[str, Any]) -> str:
     model = notes["model"]
     return (
         f"**Undertrained**: {model['net']} of width {model['width']:g} on {images:,} training "
-        f"images,\n{notes['epochs']['float']} float epochs. It shows that every stage works on this "
-        "network, not what it can reach.\n\n"
+        f"images,\n{notes['epochs']['float']} float epochs. It shows that every stage works on "
+        "this network, not what it can reach.\n\n"
     )
 
 
