@@ -25,8 +25,9 @@ from resq_deploy import runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import campaign, graph, inject, space
-from resq_deploy.inject.fast import Fast, Network
+from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Change, Flips, Memory
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.space import Discovery, discover
 

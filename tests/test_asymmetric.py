@@ -21,7 +21,8 @@ from resq_deploy.encoding import Encoding
 from resq_deploy.errors import InputError
 from resq_deploy.export import export
 from resq_deploy.inject import memory, space
-from resq_deploy.inject.fast import Fast, Network
+from resq_deploy.inject.fast import Fast
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 from resq_deploy.nets import build, checkpoint
 from resq_deploy.nets.quantized import codes, quantize, weight_layers, zero_point

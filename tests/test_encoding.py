@@ -23,7 +23,8 @@ from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
 from resq_deploy.export import QDQ, c_decoder, checks, decoders, export
 from resq_deploy.inject import memory, space
-from resq_deploy.inject.fast import Fast, Network
+from resq_deploy.inject.fast import Fast
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 from resq_deploy.nets import build, checkpoint
 from resq_deploy.nets.quantized import calibrate, codes, encoding_of, quantize, weight_layers

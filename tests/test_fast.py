@@ -34,9 +34,10 @@ from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, Refused
 from resq_deploy.inject import campaign, evaluator, faults, inject, kernels, layers, results, simd
 from resq_deploy.inject.evaluator import Chunk, Evaluator
-from resq_deploy.inject.fast import Fast, Network, Pace
+from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.graph import Cut, Unit, Value
 from resq_deploy.inject.memory import Change, Memory
+from resq_deploy.inject.network import Network, Pace
 from resq_deploy.inject.observers import Processes
 from resq_deploy.inject.protect import PROTECTIONS
 from resq_deploy.inject.reload import Reload
@@ -112,12 +113,11 @@ class Both:
 
     def fast_answer(self, change: Change, way: str = "timed") -> bytes:
         """What the fast engine answers on one of WAYS."""
-        from resq_deploy.inject import fast
-
         limits = dict(self.network.limits)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in WAYS[way].items():
-                patch.setattr(fast, name, value)
+                module = "network" if name == "Pace" else "fast"
+                patch.setattr(f"resq_deploy.inject.{module}.{name}", value)
             patch.setattr(self.network, "_paces", {})
             if way == "apart":
                 kept = replace(self.fast._kept, inputs_by_channel={}, sums_by_channel={})

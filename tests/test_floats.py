@@ -22,7 +22,7 @@ from resq_deploy.data.base import Dataset
 from resq_deploy.encoding.saf import TAUS
 from resq_deploy.errors import InputError
 from resq_deploy.inject import memory, space
-from resq_deploy.inject.fast import Network
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 
 WEIGHTS = {"w1": "Conv", "w2": "Conv", "w3": "Gemm"}

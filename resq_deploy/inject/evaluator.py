@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from resq_deploy import runtime
 from resq_deploy.errors import Refused
 from resq_deploy.inject import space
-from resq_deploy.inject.fast import Fast, Kept, Network
+from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Memory
+from resq_deploy.inject.network import Kept, Network
 from resq_deploy.inject.observe import Golden, Observed, observe, refused, trial
 from resq_deploy.inject.plans import Plan
 from resq_deploy.inject.reload import Reload

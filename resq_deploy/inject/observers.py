@@ -19,7 +19,7 @@ from typing import Any
 from resq_deploy import runtime
 from resq_deploy.errors import InputError, MissingExtra, ResqError
 from resq_deploy.inject.evaluator import Chunk, Evaluator, Job
-from resq_deploy.inject.fast import Network
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.observe import Observed
 from resq_deploy.inject.shared import Handle, Shared
 

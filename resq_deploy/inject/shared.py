@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy.errors import InputError
-from resq_deploy.inject.fast import Kept
+from resq_deploy.inject.network import Kept
 
 Array = NDArray[Any]
 
