@@ -270,8 +270,9 @@ def _shape(sizes: list[Any]) -> str:
 def run(built: ort.InferenceSession, x: Array, *, chunk: int = CHUNK) -> Array:
     """First output (N, ...) for images (N, ...), `chunk` images at a time.
 
-    Images are adapted (`adapt`) as they go in, where they are not yet. A model with a fixed batch size is fed that many; the last chunk is padded with its last
-    image and the padding cut off again. Refused when onnxruntime does not run the model.
+    Images are adapted (`adapt`) as they go in, where they are not yet. A model with a fixed batch
+    size is fed that many; the last chunk is padded with its last image and the padding cut off
+    again. Refused when onnxruntime does not run the model.
     """
     want = built.get_inputs()[0]
     fixed = want.shape[0] if want.shape and isinstance(want.shape[0], int) else None
