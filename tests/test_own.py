@@ -179,6 +179,20 @@ def test_what_people_write_computes_in_integers(name: str, convolutions: int, li
     assert checks.parity(("torch", "file"), wanted, found, step=output_step(int8)).max_steps <= 1
 
 
+def test_the_example_is_quantized_and_computes_in_integers() -> None:
+    """models/digits-own.toml with the network of examples/."""
+    loaded = recipe.load(OWN.parents[1] / "models/digits-own.toml")
+    images = data.of(loaded.data).test.first(64).x
+    net, kept = own.make(
+        loaded.model, shape=images.shape[1:], n_classes=10, seed=0, prepare=lambda net: None
+    )
+    assert kept["source"] == "mynet.py:make_net"
+    int8 = quantize(net.eval())
+    calibrate(int8, torch.from_numpy(images / np.float32(255)))
+    model = qdq(int8.eval(), images.shape[1:], opset=19, ir_version=10).SerializeToString()
+    assert set(checks.integer_kernels(model)) & checks.FLOAT == {"GlobalAveragePool"}
+
+
 def test_weights_are_read_under_the_names_of_the_user(digits: Path, tmp_path: Path) -> None:
     """Saved from DataParallel, with a layer that is never called; mean and std before it."""
     net = own.call(SOURCES["concat"], {})
