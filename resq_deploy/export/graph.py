@@ -120,8 +120,9 @@ def integers(
 ) -> Integers:
     """The codes behind a Quant node whose value is one of the constants `stored`.
 
-    Divides in float32 and rounds half to even as Brevitas does; weights are rounded to the levels
-    of `encoding` where these are not all integers. ExportError for a bias beyond int32.
+    Divides in float32, rounds half to even and saturates as Brevitas does (the bias of a channel
+    with next to no weights can be beyond int32); weights are rounded to the levels of `encoding`
+    where these are not all integers.
     """
     from qonnx.custom_op.general.quant import max_int, min_int
 
@@ -130,11 +131,6 @@ def integers(
     signed, narrow, is_bias = bool(facts["signed"]), bool(facts["narrow"]), bits == BIAS_BITS
     low, high = min_int(signed, narrow, int(bits)), max_int(signed, narrow, int(bits))
     real = (value / scale + zero).astype(np.float64)
-    if is_bias and not np.all(np.abs(real) <= high):
-        raise ExportError(
-            f"{quant.input[0]!r} needs the code {np.abs(real).max():.3g}, beyond int32: the steps "
-            "of a channel with next to no weights are too small for its bias"
-        )
     if is_bias or encoding.uniform:
         codes = np.clip(np.rint(real), low, high)
     else:

@@ -42,10 +42,9 @@ def _parameters(graph: onnx.GraphProto, net: nn.Module) -> dict[str, str]:
     value = {out: node.input[0] for node in graph.node for out in node.output}
     users = [node for node in graph.node if node.op_type in ("Conv", "Gemm")]
     found = {name: value.get(name, name) for node in users for name in node.input[1:3]}
-    layers = weight_layers(net)
-    expected = {f"{layer}.{role}" for layer in layers for role in ("weight", "bias")}
-    if set(found.values()) != expected or len(found) != len(expected):
-        wrong = sorted(expected ^ set(found.values()))
+    expected = [f"{name}.{role}" for name in weight_layers(net) for role in ("weight", "bias")]
+    if sorted(found.values()) != sorted(expected):
+        wrong = sorted(set(expected) ^ set(found.values()))
         raise ExportError(f"weights missing from the exported graph, or not its own: {wrong[:4]}")
     return found
 
