@@ -21,9 +21,9 @@ PIXELS = "ufixed<8,0>"
 def pool_channels_last(model):
     """Let the global average read its input as the rest of the network has it, (N, H, W, C).
 
-    qonnx has no such operator and leaves a transposition in front of it, of which hls4ml makes
-    code that divides by zero. hls4ml does have an average over windows: one as large as the image.
-    Returns the exact type of its result, by the name of the node.
+    qonnx has no such operator and leaves a transposition in front of it, behind which hls4ml's code
+    divides by zero (docs/clients.md). It does have an average over windows: one as large as the
+    image. Returns the exact type of its result, by the name of the node.
     """
     types = {}
     for pool in [n for n in model.graph.node if n.op_type == "GlobalAveragePool"]:
