@@ -55,11 +55,14 @@ COUNTS = {
     "swin_tiny": (1, 52, 36, 24),
 }
 FLOAT = {"swin_tiny": {"LayerNormalization", "Gelu", "Softmax", "ReduceMean"}, "vgg16": set()}
-# Random weights are the hard case: a value that falls on the other side of a rounding boundary
-# (float sums depend on their order) goes through the network like quantization noise. Where
-# that noise is large the limits of DESIGN do not hold; then this many steps are still allowed.
 DEEP = ("mobilenetv2", "efficientnet_b0", "swin_tiny")
-STEPS = dict.fromkeys(DEEP, 8)
+PROFILE = dict.fromkeys(DEEP, "po2-channel")
+"""Of the networks whose recipes do not take the default: what falls on the other side of a rounding
+boundary goes through so many layers like quantization noise, and these scales let nothing fall."""
+STEPS = {"mobilenetv2": 0, "efficientnet_b0": 0, "swin_tiny": 8}
+"""Steps of the output allowed between two executions; 2 where nothing stands here, as `export` demands.
+Random weights are the hard case: one image in 16 of ResNet-20 and of VGG16 is two steps off, and
+the last bits of Swin-Tiny's LayerNorm, GELU and softmax, which are float, make several."""
 WITHOUT_TFLITE = {"efficientnet_b0": "Sigmoid", "swin_tiny": "LayerNormalization"}
 """Networks that have no TFLite form here, and the operator that is named."""
 
@@ -93,7 +96,7 @@ def int8() -> Callable[[str], nn.Module]:
 
     @functools.cache
     def make(name: str) -> nn.Module:
-        net = to_int8(trained_like(name))
+        net = to_int8(trained_like(name), profile=PROFILE.get(name, "float-channel"))
         calibrate(net, X)
         return net.eval()
 
@@ -151,12 +154,18 @@ class TestNet:
         self, name: str, bits: int, int8: Callable[[str], nn.Module]
     ) -> None:
         """Brevitas' integer weights equal our definition, code by code."""
-        net = int8(name) if bits == 8 else to_int8(trained_like(name), weight_bits=bits)
+        profile = PROFILE.get(name, "float-channel")
+        net = int8(name) if bits == 8 else to_int8(
+            trained_like(name), weight_bits=bits, profile=profile
+        )  # fmt: skip
         for layer in weight_layers(net).values():
             w = layer.weight.detach().numpy()  # type: ignore[union-attr, operator]
             top = 2 ** (bits - 1) - 1
             scale = quantize.weight_scale(w * np.float32(127 / top)) if bits == 4 else (
                 quantize.weight_scale(w))  # fmt: skip
+            if profile == "po2-channel":
+                peak = np.abs(w).reshape(len(w), -1).max(axis=1)
+                scale = np.exp2(np.ceil(np.log2(peak))) / (top + 1)  # as wide as two's complement
             expected = np.clip(quantize.quantize(w, scale, axis=0), -top, top)
             different = codes(layer).numpy() != expected
             assert different.mean() < (1e-3 if bits == 4 else 1e-12)  # ties of the other scale
@@ -192,7 +201,8 @@ class TestNet:
     def test_checkpoint_restores_the_outputs_bit_for_bit(
         self, name: str, tmp_path: Path, int8: Callable[[str], nn.Module]
     ) -> None:
-        facts = {"net": {"name": name, **SMALL}, "quantized": True}
+        profile = PROFILE.get(name, "float-channel")
+        facts = {"net": {"name": name, **SMALL, "profile": profile}, "quantized": True}
         path = tmp_path / "checkpoint.safetensors"
         checkpoint.save(path, int8(name), inputs={"a": 1}, **facts)
         loaded, _ = checkpoint.load(path)
@@ -241,6 +251,8 @@ class TestFile:
     ) -> None:
         again = qdq(copy.deepcopy(int8(name)), (3, 32, 32), **OPTIONS)
         assert again.SerializeToString() == file(name).SerializeToString()
+        both = [qonnx(copy.deepcopy(int8(name)), (3, 32, 32), **OPTIONS) for _ in range(2)]
+        assert both[0].SerializeToString() == both[1].SerializeToString()
 
     def test_every_format_holds_the_same_codes(
         self, name: str, int8: Callable[[str], nn.Module], file: Callable[[str], onnx.ModelProto]

@@ -91,7 +91,8 @@ class SignedShift(Int8ActPerTensorFixedPoint):
 
 
 class WeightShift(Int8WeightPerChannelFloat):
-    """int8 weights, the scale of every output channel a power of two, rounded up."""
+    """int8 weights, the scale of every output channel a power of two: that of 128 codes to the next
+    power of two above the largest weight."""
 
     restrict_scaling_type = RestrictValueType.POWER_OF_TWO
     restrict_value_float_to_int_impl = CeilSte
