@@ -60,9 +60,9 @@ PROFILE = dict.fromkeys(DEEP, "po2-channel")
 """Of the networks whose recipes do not take the default: what falls on the other side of a rounding
 boundary goes through so many layers like quantization noise, and these scales let nothing fall."""
 STEPS = {"mobilenetv2": 0, "efficientnet_b0": 0, "swin_tiny": 8}
-"""Steps of the output allowed between two executions; 2 where nothing stands here, as `export` demands.
-Random weights are the hard case: one image in 16 of ResNet-20 and of VGG16 is two steps off, and
-the last bits of Swin-Tiny's LayerNorm, GELU and softmax, which are float, make several."""
+"""Steps of the output allowed between two executions; 2 where nothing stands here. Random
+weights are the hard case: one image in 16 of ResNet-20 and of VGG16 is two steps off, and the last
+bits of Swin-Tiny's LayerNorm, GELU and softmax, which are float, make several."""
 WITHOUT_TFLITE = {"efficientnet_b0": "Sigmoid", "swin_tiny": "LayerNormalization"}
 """Networks that have no TFLite form here, and the operator that is named."""
 
