@@ -29,6 +29,7 @@ from resq_deploy.export.graph import (
 from resq_deploy.nets.quantized import encoding_of
 
 CHUNK = 100
+LAYERS = ("Conv", "Gemm", "MatMul")
 
 
 def _exact_values(graph: onnx.GraphProto, encoding: Encoding) -> None:
@@ -38,12 +39,13 @@ def _exact_values(graph: onnx.GraphProto, encoding: Encoding) -> None:
     and get the values of levels that are not all integers.
     """
     stored = constants(graph)
+    weights = {n.input[1] for n in graph.node if n.op_type in LAYERS}
     for node in [n for n in graph.node if n.op_type == "Quant" and n.input[0] in stored]:
         if int(stored[node.input[3]]) == BIAS_BITS:
             exact = integers(node, stored, encoding).values
             graph.initializer.append(numpy_helper.from_array(exact, node.output[0]))
             graph.node.remove(node)
-        elif not encoding.uniform:
+        elif node.output[0] in weights and not encoding.uniform:
             weight = next(t for t in graph.initializer if t.name == node.input[0])
             exact = integers(node, stored, encoding).values
             weight.CopyFrom(numpy_helper.from_array(exact, weight.name))
@@ -54,7 +56,7 @@ def _name_weights(graph: onnx.GraphProto) -> None:
     """Call the float weight behind a Quant node after its convolution or linear layer."""
     producer = {out: node for node in graph.node for out in node.output}
     for node in graph.node:
-        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in producer:
+        if node.op_type in LAYERS and node.input[1] in producer:
             quant = producer[node.input[1]]
             for tensor in graph.initializer:
                 if tensor.name == quant.input[0]:
