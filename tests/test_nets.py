@@ -269,7 +269,8 @@ class TestFile:
             assert np.array_equal(found, expected[weight]), weight
         graph = qonnx(int8(name), (3, 32, 32), **OPTIONS).graph
         values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
-        quants = [n for n in graph.node if n.op_type == "Quant" and n.input[0] in values]
+        read = {n.input[1] for n in graph.node if n.op_type in ("Conv", "Gemm")}
+        quants = [n for n in graph.node if n.op_type == "Quant" and n.output[0] in read]
         theirs = [np.rint(values[n.input[0]] / values[n.input[1]]) for n in quants]
         assert len(theirs) == len(expected)
         for weight, wanted in expected.items():
