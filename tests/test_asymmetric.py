@@ -63,7 +63,8 @@ def test_the_codes_of_a_layer_span_its_weights_rounded_to_the_nearest(
     code, zero, scale = codes(layer).double(), zero_point(weight), weight.scale.double()
     assert code.min() <= -126 and code.max() >= 126
     assert torch.allclose((code - zero) * scale, weight.value.double(), atol=1e-6)
-    assert float(scale) == pytest.approx(float((w.max().clamp(min=0) - w.min().clamp(max=0)) / 255), rel=1e-4)
+    span = float(w.max().clamp(min=0) - w.min().clamp(max=0))
+    assert float(scale) == pytest.approx(span / 255, rel=1e-4)
     assert float((weight.value - w).abs().max()) <= 1.01 * float(scale)  # the zero point rounds
     assert -128 <= int(zero) <= 127
 
