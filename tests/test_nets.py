@@ -12,7 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
+from qonnx.custom_op.general.quant import quant
 from torch import nn
 
 from resq_deploy import artifacts, memory_map, quantize, recipe, runtime, store
@@ -271,7 +272,12 @@ class TestFile:
         values = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
         read = {n.input[1] for n in graph.node if n.op_type in ("Conv", "Gemm")}
         quants = [n for n in graph.node if n.op_type == "Quant" and n.output[0] in read]
-        theirs = [np.rint(values[n.input[0]] / values[n.input[1]]) for n in quants]
+        theirs = []
+        for node in quants:
+            given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            constants = [values[i] for i in node.input]
+            read = quant(*constants, given["signed"], given["narrow"], "ROUND")
+            theirs.append(read / constants[1])
         assert len(theirs) == len(expected)
         for weight, wanted in expected.items():
             assert any(np.array_equal(t, wanted) or np.array_equal(t.T, wanted) for t in theirs), (
