@@ -277,7 +277,7 @@ class TestFile:
             given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
             constants = [values[i] for i in node.input]
             read = quant(*constants, given["signed"], given["narrow"], "ROUND")
-            theirs.append(read / constants[1])
+            theirs.append(np.rint(read / constants[1]))
         assert len(theirs) == len(expected)
         for weight, wanted in expected.items():
             assert any(np.array_equal(t, wanted) or np.array_equal(t.T, wanted) for t in theirs), (
