@@ -328,12 +328,14 @@ def depth(bench: Bench) -> list[list[Any]]:
     ]
 
 
-def growth(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
-    """Cost by the number of images and of faults."""
-    rows = []
-    for n in (len(images) // 4, len(images) // 2, len(images)):
-        bench = Bench(sub, images.first(n), trials)
-        bench.compare(1)
+def growth(whole: Bench, trials: int) -> list[list[Any]]:
+    """Cost by the number of images and of faults; `whole` has measured all images."""
+    rows, sub = [], whole.subject
+    for part in (4, 2, 1):
+        bench, n = whole, len(whole.images) // part
+        if part > 1:
+            bench = Bench(sub, whole.images.first(n), trials)
+            bench.compare(1)
         each, once = bench.each, bench.prepare + bench.keep
         for faults_ in (100, 1000, 10000):
             seconds = once + faults_ * each
@@ -342,7 +344,7 @@ def growth(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
     return rows
 
 
-def many(bench: Bench, images: Dataset, turns: int = 8) -> list[list[Any]]:
+def many(bench: Bench, images: Dataset, turns: int = 5) -> list[list[Any]]:
     """Bit error rates: the whole network runs; what counts is the overhead over a plain run.
 
     All `images`: such trials need no golden data.
@@ -547,7 +549,7 @@ def main(
         if torch_trials:
             add["Against fault simulation in PyTorch"](against_torch(bench, torch_trials))
         if name in ("resnet8", "resnet18"):
-            add["By images and faults"](growth(sub, test, max(20, trials // 4)))
+            add["By images and faults"](growth(bench, max(20, trials // 4)))
         if name == "resnet8":
             add["By workers"](workers(sub, test.first(500), 20 * trials))
             add["Peak memory"](peak_memory(sub, root, budget))
