@@ -388,6 +388,7 @@ def test_a_campaign_of_any_engine_workers_and_chunks(
     reloaded = inject(model, data, out=tmp_path / "b", engine="reload", **options)
     network = engines("qdq-channel").network
     monkeypatch.setattr(campaign, "held", lambda: 0)
+    monkeypatch.setattr(campaign, "WORKER", -data.x.nbytes)
     memory = 60 * network.bytes_per_image(2)  # of 130 images
     chunked = inject(model, data, out=tmp_path / "c", workers=2, memory=memory, **options)
     for other in (reloaded, chunked):

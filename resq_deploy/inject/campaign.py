@@ -91,6 +91,10 @@ def _observer(
     return Serial(evaluator)
 
 
+WORKER = 256 * 2**20
+"""Bytes of a worker process beside the images and golden data; 200 MiB were measured."""
+
+
 def held() -> int:
     """Bytes of memory that this process has; 0 where the system does not say."""
     try:
@@ -103,14 +107,15 @@ def held() -> int:
 def _chunks(evaluator: Evaluator, workers: int, budget: int | None) -> list[Chunk]:
     """The images in parts whose golden data, and what faults change of them, fit in memory.
 
-    Beside the processes themselves, each of which is about as large as this one is now.
+    A given `budget` is for the processes as well; without one, golden data get a third of the
+    machine's memory.
     """
     n, network = len(evaluator.job.x), evaluator.network
     if network is None or not any(map(evaluator.needs_golden, evaluator.job.plan.trials())):
         return [Chunk(0, n)]
+    processes = held() + (workers * (WORKER + evaluator.job.x.nbytes) if workers > 1 else 0)
     if budget is None:
-        budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3
-    processes = held() * (1 if workers == 1 else workers + 1)
+        budget = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 3 + processes
     each = max(1, network.bytes_per_image(workers))
     size = (budget - processes) // each
     unit = network.group or runtime.CHUNK
@@ -146,8 +151,8 @@ def run(
     """Run the trials of `plan` (those with trial % shard[1] == shard[0]) into the store `out`.
 
     `workers` processes of one thread each share the golden data of the fast engine. Processes and
-    golden data take at most `memory` bytes (the model and what onnxruntime makes of it not
-    counted), by default a third of the machine's. With `scheduler`, the address of a
+    golden data take at most `memory` bytes (what onnxruntime makes of the model not counted); by
+    default golden data take at most a third of the machine's. With `scheduler`, the address of a
     Dask scheduler, its workers do the work, and each has golden data of its own.
     KeyboardInterrupt leaves every finished trial in the store and is raised again; the same call
     with `resume` continues. Raises InputError for data that do not fit the model, HeaderMismatch
