@@ -244,7 +244,7 @@ changed. *Masked* is the share of faults that change no output of any image.
 What limits the ratio is what early layers cost. They hold few of the bits, but a flip there changes
 nearly every image and, after two or three layers, most codes of it: from there on nothing can be
 saved, and the rest of the network runs in one, which is most of the time that is left ("the rest in
-one" below). Wide networks mask more, and most of their weights sit late.
+one" below). In wide networks most of the weights sit late.
 
 What helped, in the order in which it was tried: lists of changed codes instead of whole rows,
 vector code for additions, int8 weights in the kernels, pooling channel by channel, skipping
