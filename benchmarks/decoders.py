@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 import numpy as np
 import onnx
+import pages
 from onnx import numpy_helper
 from tabulate import tabulate
 
@@ -25,7 +26,6 @@ from resq_deploy.export import decoders
 
 NAMES = ("parity:zero", "guard:mean", "secded", "saf:tanh")
 IMAGES = 50
-BEGIN, END = "<!-- cost:begin -->", "<!-- cost:end -->"
 
 
 def encoded(raw: bytes, name: str) -> bytes:
@@ -95,10 +95,7 @@ def main(model: Path, rounds: int, write: Path | None) -> None:
     )
     click.echo(text)
     if write is not None:
-        page = write / "encoding.md"
-        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        pages.put(write / "encoding.md", "cost", text)
 
 
 if __name__ == "__main__":

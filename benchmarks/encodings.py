@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pages
 from tabulate import tabulate
 
 from resq_deploy import data, metrics, progress, runtime
@@ -33,7 +34,6 @@ ROWS = (
     ("parity:nearest", "none"),
     ("guard:nearest", "none"),
 )
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def interval(value: float, low: float, high: float) -> str:
@@ -101,10 +101,7 @@ def main(
         rows.append(row(encoding, protection, found))
         text = table(rows, found, name, draws)
         if write is not None:  # after every row: the next one takes long
-            page = write / "encoding.md"
-            before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-            after = rest.partition(END)[2]
-            page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+            pages.put(write / "encoding.md", "table", text)
     click.echo(text)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pages
 import torch
 from onnx import load_model, numpy_helper
 from tabulate import tabulate
@@ -42,7 +43,6 @@ ROWS = (
     ("float32:scaled:64", None),
     ("float32:tanh", "ranger"),
 )
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 
 
 def float_file(made: recipe.Recipe, work: Path, shape: tuple[int, ...]) -> Path:
@@ -134,10 +134,7 @@ def main(base: Path, images: int, draws: int, work: Path, write: Path | None) ->
         rows.append(cells)
         text = table(rows, found, made.name, base.name, draws)
         if write is not None:  # after every row: the next one takes minutes
-            page = write / "floats.md"
-            before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-            after = rest.partition(END)[2]
-            page.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+            pages.put(write / "floats.md", "table", text)
     click.echo(text)
 
 

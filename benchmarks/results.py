@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pages
 from tabulate import tabulate
 
 from resq_deploy import artifacts
 from resq_deploy.report import sources, table
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
 PARTLY = "\u00b9"
 HEAD = """\
 # Results
@@ -172,11 +172,7 @@ def main(runs: list[Path]) -> None:
             "Every stage, rate and radius, with the commands: [docs/results.md](docs/results.md).",
         ]
     )
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    text = f"{before}{BEGIN}\n{block}\n{END}{after}"
-    artifacts.write(ROOT / "README.md", lambda p: p.write_text(text, encoding="utf-8"))
+    pages.put(ROOT / "README.md", "table", block)
 
 
 if __name__ == "__main__":
