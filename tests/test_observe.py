@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from resq_deploy.inject.observe import Golden, Observed, observe, refused, trial
+from resq_deploy.inject.observe import Golden, Observed, Struck, observe, refused, trial
 
 N, C = 9, 7
 
@@ -54,7 +54,7 @@ def test_counts_equal_a_loop_over_images(seed: int, kind: type) -> None:
     )
     output[:3] = golden[:3]
     y = np.random.default_rng(seed).integers(0, C, N)
-    found = trial(5, None, 1, None, observe(Golden(output=golden, y=y), output))
+    found = trial(5, Struck(None, 1, None), observe(Golden(output=golden, y=y), output))
     for name, value in by_hand(golden, output, y).items():
         assert getattr(found, name) == pytest.approx(value, abs=1e-6), name
     assert (found.trial, found.n_total, found.refused) == (5, N, False)
@@ -79,9 +79,9 @@ def test_chunks_and_changed_images_alone_add_up_to_the_whole(seed: int, a: int, 
 def test_an_image_without_an_answer_is_not_right() -> None:
     golden = Golden(output=np.eye(3, dtype=np.float32), y=np.arange(3))
     part = observe(golden, golden.output)
-    found = trial(0, 0.1, 7, None, part + refused(golden))
+    found = trial(0, Struck(0.1, 7, None), part + refused(golden))
     assert (found.outcome, found.n_total, found.n_correct, found.n_sdc) == ("due", 6, 0, 0)
-    assert trial(0, None, 1, None, part).outcome == "masked"
+    assert trial(0, Struck(None, 1, None), part).outcome == "masked"
 
 
 def test_a_golden_run_that_is_not_finite_has_no_margin() -> None:
@@ -95,7 +95,7 @@ def test_the_worst_loss_is_none_where_only_untouched_images_lost_nothing() -> No
     output = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
     golden = Golden(output=output, y=np.zeros(2, np.int64))
     found = observe(golden, np.array([[3.0, 0.0]], np.float32), np.array([0]))
-    assert (found.margin_worst, trial(0, None, 1, None, found).margin_lost) == (0.0, -1.0)
+    assert (found.margin_worst, trial(0, Struck(None, 1, None), found).margin_lost) == (0.0, -1.0)
 
 
 def test_one_class_has_no_margin_to_lose() -> None:

@@ -17,7 +17,7 @@ from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.inject import space
 from resq_deploy.inject.evaluator import Chunk, Evaluator, Job
-from resq_deploy.inject.observe import Observed
+from resq_deploy.inject.observe import Observed, trial
 from resq_deploy.inject.observers import Cluster, Processes, Serial
 from resq_deploy.inject.plans import Plan
 from resq_deploy.inject.reload import Reload
@@ -62,9 +62,7 @@ def _blocks(
 
 
 def _trials(
-    evaluator: Evaluator,
-    observer: Serial | Processes | Cluster,
-    blocks: Iterator[tuple[Sequence[Chunk], list[int]]],
+    observer: Serial | Processes | Cluster, blocks: Iterator[tuple[Sequence[Chunk], list[int]]]
 ) -> Iterator[list[Trial]]:
     """The records of trials as they finish."""
     entered: Chunk | None = None
@@ -75,10 +73,10 @@ def _trials(
                 observer.enter(chunk)
                 entered = chunk
             for batch in observer.observe(block):
-                for number, observed in batch:
+                for number, _, observed in batch:
                     sums[number] = sums.get(number, Observed()) + observed
                 if chunk == chunks[-1]:
-                    yield [evaluator.trial(number, sums.pop(number)) for number, _ in batch]
+                    yield [trial(number, struck, sums.pop(number)) for number, struck, _ in batch]
 
 
 def _observer(
@@ -210,7 +208,7 @@ def run(
             done = store.done()
             total = sum(n % n_shards == index and n not in done for n in plan.trials())
             blocks = _blocks(evaluator, chunks, _stages(plan, store, shard))
-            batches = _trials(evaluator, observer, blocks)
+            batches = _trials(observer, blocks)
             _collect(store, batches, total, show)
     finally:
         observer.close()

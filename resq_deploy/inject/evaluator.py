@@ -14,10 +14,9 @@ from resq_deploy.inject import space
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.network import Kept, Network
-from resq_deploy.inject.observe import Golden, Observed, observe, refused, trial
+from resq_deploy.inject.observe import Golden, Observed, Struck, observe, refused
 from resq_deploy.inject.plans import Plan
 from resq_deploy.inject.reload import Reload
-from resq_deploy.records import Trial
 
 MANY = 64
 """Bit errors to be expected in a trial from which on it runs the whole network, and needs no golden
@@ -95,20 +94,16 @@ class Evaluator:
             rate is None or rate * self._memory.space.n_bits < MANY
         )
 
-    def observe(self, number: int) -> Observed:
+    def observe(self, number: int) -> tuple[Struck, Observed]:
         """Corrupt, run, count over the images of the chunk."""
         assert self._engine is not None, "no chunk was entered"
         plan, memory = self.job.plan, self._memory
         cells = plan.cells(number, memory.space, self.job.seed)
-        try:
-            images, output = self._engine.changed(memory.read(plan.flips(cells, memory)))
-        except Refused:
-            return refused(self._golden)
-        return observe(self._golden, output, images)
-
-    def trial(self, number: int, observed: Observed) -> Trial:
-        """The record of a trial whose chunks add up to `observed`."""
-        plan, memory = self.job.plan, self._memory
-        cells = plan.cells(number, memory.space, self.job.seed)
+        flips = plan.flips(cells, memory)
         site = memory.space.sites(cells)[0] if len(cells) == 1 else None
-        return trial(number, plan.rate(number), len(plan.flips(cells, memory)), site, observed)
+        struck = Struck(plan.rate(number), len(flips), site)
+        try:
+            images, output = self._engine.changed(memory.read(flips))
+        except Refused:
+            return struck, refused(self._golden)
+        return struck, observe(self._golden, output, images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +67,17 @@ class Golden:
     def margins(self) -> NDArray[np.float64]:
         """(N,) lead of the top-1 over the next best class; NaN where an output is not finite."""
         return _margins(_flat(self.output), self.top1)
+
+
+class Struck(NamedTuple):
+    """What a trial corrupts."""
+
+    rate: float | None
+    """Bit error rate in [0, 1]; None where the fault model has none."""
+    n_flips: int
+    """Stored bits that it inverts."""
+    site: Site | None
+    """The stored bit that it struck, None unless it was just one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +155,8 @@ def refused(golden: Golden) -> Observed:
     return Observed(n_total=len(golden.y), refused=True)
 
 
-def trial(
-    number: int, rate: float | None, n_flips: int, site: Site | None, observed: Observed
-) -> Trial:
-    """The record of a trial; `site` is the cell that it struck, None unless it was just one.
+def trial(number: int, struck: Struck, observed: Observed) -> Trial:
+    """The record of a trial whose chunks of images add up to `observed`.
 
     A trial that onnxruntime refused on some images counts as refused on all.
     """
@@ -155,9 +164,9 @@ def trial(
     n = found.n_margins
     return Trial(
         trial=number,
-        rate=rate,
-        n_flips=n_flips,
-        site=site,
+        rate=struck.rate,
+        n_flips=struck.n_flips,
+        site=struck.site,
         n_total=found.n_total,
         n_correct=found.n_correct,
         n_sdc=found.n_sdc,

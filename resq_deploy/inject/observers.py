@@ -13,15 +13,14 @@ from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from tempfile import TemporaryFile
 from typing import Any
 
 from resq_deploy import runtime
 from resq_deploy.errors import InputError, MissingExtra, ResqError
 from resq_deploy.inject.evaluator import Chunk, Evaluator, Job
 from resq_deploy.inject.network import Network
-from resq_deploy.inject.observe import Observed
-from resq_deploy.inject.shared import Handle, Shared
+from resq_deploy.inject.observe import Observed, Struck
+from resq_deploy.inject.shared import Shared
 
 AHEAD = 4
 """Trials queued for each worker: enough to keep it busy, few enough to end soon."""
@@ -29,7 +28,9 @@ AHEAD = 4
 CONNECT_S = 10
 """Seconds to wait for a Dask scheduler."""
 
-Results = Iterator[list[tuple[int, Observed]]]
+Result = tuple[int, Struck, Observed]
+
+Results = Iterator[list[Result]]
 
 
 class Serial:
@@ -45,7 +46,7 @@ class Serial:
     def observe(self, numbers: Sequence[int]) -> Results:
         """Batches as they finish."""
         for number in numbers:
-            yield [(number, self._evaluator.observe(number))]
+            yield [(number, *self._evaluator.observe(number))]
 
     def close(self) -> None:
         """Nothing to end."""
@@ -72,7 +73,7 @@ class _Remote:
     def observe(self, numbers: Sequence[int]) -> Results:
         """Batches as they finish; when interrupted, those in flight still come out."""
         todo = iter(numbers)
-        running: set[Future[tuple[int, Observed]]] = set()
+        running: set[Future[Result]] = set()
         interrupted: KeyboardInterrupt | None = None
         while True:
             try:
@@ -97,6 +98,31 @@ class _Remote:
             raise interrupted
 
 
+class _Post:
+    """A value in a file of memory, for processes that know where it is.
+
+    What every task needs need not go with each. And a process that dies while it starts, such as
+    one whose main module cannot be imported, leaves the parent waiting for ever behind an
+    argument that is longer than a pipe holds.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._file = os.fdopen(os.memfd_create("post"), "wb")
+        pickle.dump(value, self._file)
+        self._file.flush()
+        self.path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+
+    def close(self) -> None:
+        """Those who opened it keep it."""
+        self._file.close()
+
+
+def _posted(path: str) -> Any:
+    """What was posted there."""
+    with open(path, "rb") as file:
+        return pickle.load(file)  # noqa: S301, what the parent wrote
+
+
 class Processes(_Remote):
     """Observes trials in worker processes, which map one golden run."""
 
@@ -108,41 +134,45 @@ class Processes(_Remote):
 
     def __init__(self, job: Job, network: Network | None, workers: int) -> None:
         """`network` is the job's for the fast engine: workers need not prepare it again."""
-        # As a file, not as an argument: a process that dies while it starts, such as one whose main
-        # module cannot be imported, leaves the parent waiting for ever behind a long argument.
-        self._file = TemporaryFile()
-        pickle.dump((job, network), self._file)
-        self._file.flush()
-        path = f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        self._prepared = _Post((job, network))
         context = multiprocessing.get_context("spawn")
         super().__init__(
-            ProcessPoolExecutor(workers, context, initializer=_start, initargs=(path,)), workers
+            ProcessPoolExecutor(
+                workers, context, initializer=_start, initargs=(self._prepared.path,)
+            ),
+            workers,
         )
         self._job, self._network = job, network
         self._shared: Shared | None = None
+        self._golden: _Post | None = None
         with _interrupts_held():
             for _ in range(workers):  # they start while the first golden run is made
                 self._pool.submit(int)
 
     def enter(self, chunk: Chunk) -> None:
         """Make the golden run of a chunk, for all workers."""
-        self._chunk, self._handle = chunk, None
-        if self._shared is not None:
-            self._shared.close()
+        self._chunk = chunk
+        self._leave()
         if self._network is not None and chunk.golden:
             self._shared = Shared()
             kept = self._network.keep(self._job.x[chunk.start : chunk.stop], self._shared.allocate)
-            self._handle = self._shared.handle(kept)
+            self._golden = _Post(self._shared.handle(kept))
+
+    def _leave(self) -> None:
+        """Give the golden run of the chunk back."""
+        for held in (self._shared, self._golden):
+            if held is not None:
+                held.close()
+        self._shared = self._golden = None
 
     def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return _work, (self._chunk, self._handle)
+        return _work, (self._chunk, None if self._golden is None else self._golden.path)
 
     def close(self) -> None:
         """End the workers."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._file.close()
-        if self._shared is not None:
-            self._shared.close()
+        self._prepared.close()
+        self._leave()
 
 
 class Cluster(_Remote):
@@ -202,8 +232,7 @@ _key = ""  # the job that it is for, on a cluster
 
 def _start(path: str) -> None:
     global _evaluator
-    with open(path, "rb") as file:
-        _evaluator = Evaluator(*pickle.load(file))  # noqa: S301, what the parent wrote
+    _evaluator = Evaluator(*_posted(path))
     # A killed campaign must not leave workers behind that wait for work for ever.
     threading.Thread(target=_follow_parent, daemon=True).start()
 
@@ -215,16 +244,14 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _work(number: int, chunk: Chunk, handle: Handle | None) -> tuple[int, Observed]:
+def _work(number: int, chunk: Chunk, golden: str | None) -> Result:
     assert _evaluator is not None
     if _evaluator.chunk != chunk:
-        _evaluator.enter(chunk, None if handle is None else handle.open())
-    return number, _evaluator.observe(number)
+        _evaluator.enter(chunk, None if golden is None else _posted(golden).open())
+    return number, *_evaluator.observe(number)
 
 
-def _work_alone(
-    number: int, chunk: Chunk, key: str, job: Job, facts: dict[str, Any]
-) -> tuple[int, Observed]:
+def _work_alone(number: int, chunk: Chunk, key: str, job: Job, facts: dict[str, Any]) -> Result:
     global _evaluator, _key
     if key != _key:
         mine = _facts()
@@ -238,7 +265,7 @@ def _work_alone(
     assert _evaluator is not None
     if _evaluator.chunk != chunk:
         _evaluator.enter(chunk)
-    return number, _evaluator.observe(number)
+    return number, *_evaluator.observe(number)
 
 
 @contextmanager

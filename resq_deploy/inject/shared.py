@@ -1,11 +1,10 @@
-"""Golden data in one place that several processes map: nothing is copied."""
+"""Golden data in one place that several processes map: nothing is copied, nothing goes to disk."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Handle:
-    """What another process needs to open a golden run; small enough to go with every task."""
+    """What another process needs to open a golden run."""
 
     path: str
     n: int
@@ -56,10 +55,10 @@ class Handle:
 
 
 class Shared:
-    """Arrays in a file without a name: it is gone when the processes are, however they end."""
+    """Arrays in a file of memory without a name: gone when the processes are, however they end."""
 
     def __init__(self) -> None:
-        self._file = TemporaryFile()
+        self._file = os.fdopen(os.memfd_create("golden"), "w+b")
         self._end = 0
         self._places: dict[int, Place] = {}
 
@@ -69,7 +68,7 @@ class Shared:
         return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
 
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A new array in the file; InputError when the disk has no room for it."""
+        """A new array in the file; InputError when there is no room for it."""
         place = Place(offset=self._end, shape=shape, dtype=np.dtype(dtype).str)
         size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         self._end += -(-size // ALIGN) * ALIGN
@@ -77,8 +76,8 @@ class Shared:
             os.posix_fallocate(self._file.fileno(), 0, max(self._end, 1))
         except OSError as error:
             raise InputError(
-                f"the golden data ({self._end} bytes so far) do not fit into the temporary folder "
-                f"({error.strerror}); give a smaller --memory, --workers 1, or another TMPDIR"
+                f"the golden data ({self._end} bytes so far) do not fit into memory "
+                f"({error.strerror}); give a smaller --memory or --workers 1"
             ) from None
         array = _map(self.path, place, "r+")
         self._places[id(array)] = place
