@@ -10,9 +10,14 @@ before them (the fast engine learns which of its ways is the faster), and averag
 weighs as much as its share of the bits. Intervals: bootstrap within layers. Times are processor
 time of that thread (where the machine does other things too, waiting for it does not count, a
 shared cache does), those of campaigns by workers are wall clock. Networks with
-models/cifar10-NET.float.safetensors have those weights, the others fresh ones with batch statistics
-of CIFAR-10 ("fresh"); all are quantized by calibration alone. PyTorchFI is compared with where it
-is installed (`pip install --no-deps pytorchfi==0.6.0`).
+models/cifar10-NET.float.safetensors have those weights ("trained"), the others fresh ones with
+batch statistics of CIFAR-10 ("fresh"); all are quantized by calibration alone. PyTorchFI is
+compared with where it is installed (`pip install --no-deps pytorchfi==0.6.0`).
+
+    resq-deploy train models/cifar10-resnet18-brief.toml --stage float --out DIR
+    python benchmarks/engines.py --weights resnet18=DIR/checkpoint.safetensors ...
+
+measures a network with other weights, beside the fresh ones ("given").
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from resq_deploy import data, runtime
+from resq_deploy import data, metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.export.qdq import qdq
 from resq_deploy.inject import faults, inject, kernels, space
@@ -56,6 +61,8 @@ NETS = (
 )  # fmt: skip
 WANTED = {"resnet18": 20, "resnet20": 8, "resnet8": 8, "vgg16": 10, "efficientnet_b0": 4,
           "swin_tiny": 4}  # fmt: skip
+CAMPAIGN = 4000
+"""Faults of a campaign by workers."""
 GOLDEN_BYTES = 6 * 2**30
 """Most that kept values and sums of a network may take."""
 KINDS = {
@@ -72,18 +79,24 @@ class Subject:
     """A network in every form that is measured."""
 
     name: str
-    trained: bool
+    weights: str
+    """Where they come from: "trained", "given" or "fresh"."""
     net: torch.nn.Module
     int8: torch.nn.Module
     model: bytes
 
+    @property
+    def label(self) -> str:
+        return self.name + ", given" * (self.weights == "given")
 
-def subject(name: str, images: Dataset) -> Subject:
-    """Build, quantize by calibration, export."""
-    weights = ROOT / "models" / f"cifar10-{name}.float.safetensors"
+
+def subject(name: str, images: Dataset, given: Path | None = None) -> Subject:
+    """Build, quantize by calibration, export; `given` are other weights than the network's own."""
+    weights = given or ROOT / "models" / f"cifar10-{name}.float.safetensors"
+    origin = "given" if given else "trained" if weights.is_file() else "fresh"
     net = build(name, n_classes=10, in_channels=3)
     x = torch.from_numpy(images.x[:512] / np.float32(255))
-    if weights.is_file():
+    if origin != "fresh":
         checkpoint.load_state(net, checkpoint.read_tensors(weights), str(weights))
     else:
         for module in net.modules():
@@ -95,7 +108,7 @@ def subject(name: str, images: Dataset) -> Subject:
     int8 = quantize(net.eval())
     calibrate(int8, x[:256])
     model = qdq(int8.eval(), (3, 32, 32), opset=19, ir_version=10)
-    return Subject(name, weights.is_file(), net, int8, model.SerializeToString())
+    return Subject(name, origin, net, int8, model.SerializeToString())
 
 
 class Counted(Fast):
@@ -184,6 +197,11 @@ class Bench:
                 self.seconds["fast, same faults"].append(self.seconds["fast"][-1])
 
     @property
+    def clean(self) -> float:
+        """Accuracy without faults on the images, in percent."""
+        return 100 * float((metrics.top1(self.kept.output) == self.images.y).mean())
+
+    @property
     def each(self) -> float:
         """Seconds of the fast engine for a fault, on average over all bits."""
         return float(self.weights @ np.array(self.seconds["fast"]))
@@ -226,7 +244,7 @@ class Bench:
         )
         name = self.subject.name
         return [
-            name, "trained" if self.subject.trained else "fresh", f"{macs / 1e6:.1f}", n,
+            name, self.subject.weights, f"{self.clean:.1f}", f"{macs / 1e6:.1f}", n,
             f"{len(self.changes)} / {reload_.size}", f"{100 * self.masked:.0f} %",
             f"{1e3 * plain:.0f}", f"{1e3 * reload_.mean():.1f}", f"{1e3 * self.each:.2f}",
             f"{ratio:.1f} [{low:.1f}, {high:.1f}]", WANTED.get(name, ""),
@@ -258,9 +276,9 @@ twice the chosen ones: the same time within 5 %).
 """
 
 HEAD = (
-    "network", "weights", "10^6 MAC / image", "images", "faults fast / reload", "masked",
-    "plain run, ms", "reload, ms / fault", "fast, ms / fault", "ratio [95 %]", "wanted",
-    "bound, ms", "fast / bound",
+    "network", "weights", "clean, %", "10^6 MAC / image", "images", "faults fast / reload",
+    "masked", "plain run, ms", "reload, ms / fault", "fast, ms / fault", "ratio [95 %]",
+    "wanted", "bound, ms", "fast / bound",
 )  # fmt: skip
 
 
@@ -311,11 +329,11 @@ def profile(bench: Bench) -> list[list[Any]]:
                 average[what] += weight * seconds  # type: ignore[assignment]
     total = sum(average.values())
     rows = [
-        [bench.subject.name, what, f"{1e3 * seconds:.2f}", f"{100 * seconds / total:.0f} %"]
+        [bench.subject.label, what, f"{1e3 * seconds:.2f}", f"{100 * seconds / total:.0f} %"]
         for what, seconds in average.most_common()
     ]
     once = [("once: preparing and checking", bench.prepare), ("once: golden run", bench.keep)]
-    return rows + [[bench.subject.name, what, f"{1e3 * s:.0f}", ""] for what, s in once]
+    return rows + [[bench.subject.label, what, f"{1e3 * s:.0f}", ""] for what, s in once]
 
 
 def depth(bench: Bench) -> list[list[Any]]:
@@ -324,7 +342,7 @@ def depth(bench: Bench) -> list[list[Any]]:
     for site, seconds in zip(bench.flips, bench.seconds["fast"], strict=True):
         by_layer[site.tensor].append(seconds)
     return [
-        [bench.subject.name, t.name, t.size, len(s), f"{1e3 * np.mean(s):.2f}"]
+        [bench.subject.label, t.name, t.size, len(s), f"{1e3 * np.mean(s):.2f}"]
         for t in bench.found.space.tensors
         if (s := by_layer.get(t.name))
     ]
@@ -372,8 +390,8 @@ def many(bench: Bench, images: Dataset, turns: int = 5) -> list[list[Any]]:
         resamples = np.random.default_rng(0)
         medians = [np.median(resamples.choice(overhead, turns)) for _ in range(2000)]
         low, high = np.quantile(medians, [0.025, 0.975])
-        rows.append([bench.subject.name, len(images), f"{rate:g}", len(cells), f"{1e3 * plain:.0f}",
-                     f"{1e3 * faulty:.0f}", f"{100 * np.median(overhead):+.1f} % "
+        rows.append([bench.subject.label, len(images), f"{rate:g}", len(cells),
+                     f"{1e3 * plain:.0f}", f"{1e3 * faulty:.0f}", f"{100 * np.median(overhead):+.1f} % "
                      f"[{100 * low:+.1f}, {100 * high:+.1f}]"])  # fmt: skip
     return rows
 
@@ -503,6 +521,7 @@ def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
 @click.command()
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of CIFAR-10. [$RESQ_DATA]")
 @click.option("--net", "nets", multiple=True, type=click.Choice(NETS), help="Only these. [all]")
+@click.option("--weights", multiple=True, metavar="NET=FILE", help="Also with this checkpoint.")
 @click.option("--images", default=1000, show_default=True)
 @click.option("--trials", default=200, show_default=True, help="Faults by the fast engine.")
 @click.option("--reloads", default=10, show_default=True, help="Of them also by reload.")
@@ -510,8 +529,8 @@ def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
 @click.option("--budget", default="1GiB", show_default=True, help="--memory of the memory test.")
 @click.option("--write", type=click.Path(path_type=Path), help="Also write this page.")
 def main(
-    root: Path | None, nets: tuple[str, ...], images: int, trials: int, reloads: int,
-    torch_trials: int, budget: str, write: Path | None,
+    root: Path | None, nets: tuple[str, ...], weights: tuple[str, ...], images: int, trials: int,
+    reloads: int, torch_trials: int, budget: str, write: Path | None,
 ) -> None:  # fmt: skip
     """Measure; see the top of this file."""
     splits = data.load("cifar10", root)
@@ -539,8 +558,9 @@ def main(
         "Peak memory": (("network", "images", "--memory", "peak, MiB"), []),
     }  # fmt: skip
     add = {title: rows.extend for title, (_, rows) in tables.items()}
-    for name in nets or NETS:
-        sub = subject(name, splits.train or splits.test)
+    given = [(name, Path(path)) for name, path in (entry.split("=", 1) for entry in weights)]
+    for name, path in [*((name, None) for name in nets or NETS), *given]:
+        sub = subject(name, splits.train or splits.test, path)
         bench = Bench(sub, test, trials)
         bench.plain()
         bench.compare(reloads)
@@ -548,12 +568,12 @@ def main(
         add["Where the time of a fault goes"](profile(bench))
         add["By depth"](depth(bench))
         add["Many flips at once"](many(bench, test))
-        if torch_trials:
+        if torch_trials and path is None:
             add["Against fault simulation in PyTorch"](against_torch(bench, torch_trials))
-        if name in ("resnet8", "resnet18"):
+        if name in ("resnet8", "resnet18") and path is None:
             add["By images and faults"](growth(bench, max(20, trials // 4)))
         if name == "resnet8":
-            add["By workers"](workers(sub, test.first(500), 20 * trials))
+            add["By workers"](workers(sub, test.first(min(500, len(test))), CAMPAIGN))
             add["Peak memory"](peak_memory(sub, root, budget))
         del bench
         text = page({k: v for k, v in tables.items() if v[1]})
