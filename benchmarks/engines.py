@@ -391,7 +391,8 @@ def many(bench: Bench, images: Dataset, turns: int = 5) -> list[list[Any]]:
         medians = [np.median(resamples.choice(overhead, turns)) for _ in range(2000)]
         low, high = np.quantile(medians, [0.025, 0.975])
         rows.append([bench.subject.label, len(images), f"{rate:g}", len(cells),
-                     f"{1e3 * plain:.0f}", f"{1e3 * faulty:.0f}", f"{100 * np.median(overhead):+.1f} % "
+                     f"{1e3 * plain:.0f}", f"{1e3 * faulty:.0f}",
+                     f"{100 * np.median(overhead):+.1f} % "
                      f"[{100 * low:+.1f}, {100 * high:+.1f}]"])  # fmt: skip
     return rows
 

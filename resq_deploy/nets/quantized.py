@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from resq_deploy.encoding import Encoding
 from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
+from resq_deploy.nets import islands
 from resq_deploy.nets.blocks import Add, Boundary, Foldable, UnitClip
 from resq_deploy.nets.quantizers import Profile, weight_quantizer
 from resq_deploy.nets.quantizers import profile as parse_profile
@@ -121,6 +122,15 @@ def _layer(
         return _quantizer(profile.kinds["unit"])
     elif isinstance(old, Boundary):
         return _quantizer(profile.kinds[old.kind], plain=old.plain)
+    elif isinstance(old, nn.GELU):
+        return islands.GELU(_quantizer(profile.kinds["signed"], plain=True))
+    elif isinstance(old, nn.Softmax):
+        return islands.Softmax(old.dim)
+    elif isinstance(old, nn.LayerNorm):
+        options = {"elementwise_affine": old.elementwise_affine, "bias": old.bias is not None}
+        norm = islands.LayerNorm(old.normalized_shape, old.eps, **options)
+        norm.load_state_dict(old.state_dict())
+        return norm
     else:
         return None
     new.encoding = encoding
