@@ -23,7 +23,7 @@ from resq_deploy.errors import InputError
 from resq_deploy.nets import build
 from resq_deploy.nets.quantized import calibrate, codes, quantize, value, weight_layers
 from resq_deploy.perturb.weights import Masks, bit_errors, k_masks, worst_masks
-from resq_deploy.train import train
+from resq_deploy.train import objective_of, train
 from resq_deploy.train.attacks import ATTACKS
 from resq_deploy.train.attacks.adversarial import Adversarial
 from resq_deploy.train.attacks.afd import AFD
@@ -498,6 +498,17 @@ def test_clipping_alone_adds_no_faults() -> None:
     for name, w in weights(net).items():
         rms = before[name].square().mean(dim=tuple(range(1, w.ndim)), keepdim=True).sqrt()
         assert (w.abs() <= 2 * rms * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("method", FAULTS)
+def test_label_smoothing_of_stage_2_is_that_of_its_clean_loss(method: str, tmp_path: Path) -> None:
+    """Where stage 1's loss, which has its own, is not kept; errors have not begun."""
+    net, (x, y) = int8(gain=20), batch()
+    options = {"method": method, "keep_attack": False, "label_smoothing": 0.5, "start_loss": 1e-9}
+    made = objective_of(recipe.load(write_recipe(tmp_path, fault=options)), "fault")
+    found = float(made.loss(net, x, y, torch.Generator()))
+    assert found == pytest.approx(float(CrossEntropy(0.5).loss(net, x, y, torch.Generator())))
+    assert found != pytest.approx(float(CrossEntropy().loss(net, x, y, torch.Generator())))
 
 
 def test_clip_rms_of_zero_leaves_weights_alone() -> None:

@@ -52,7 +52,8 @@ def objective_of(recipe: Recipe, stage: str) -> CrossEntropy:
         return ATTACKS[recipe.attack.method](recipe.attack)
     if stage == "fault":
         keep = recipe.fault.keep_attack and recipe.attack.epsilon > 0
-        unfaulted = objective_of(recipe, "attack") if keep else CrossEntropy()
+        plain = CrossEntropy(recipe.fault.label_smoothing)
+        unfaulted = objective_of(recipe, "attack") if keep else plain
         return FAULTS[recipe.fault.method](recipe.fault, unfaulted, seed=recipe.seed)
     return CrossEntropy(getattr(recipe, stage).label_smoothing)
 
