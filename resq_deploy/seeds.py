@@ -10,13 +10,17 @@ import zlib
 
 import numpy as np
 
+from resq_deploy.errors import InputError
+
 
 def _key(name: str | int) -> int:
     return zlib.crc32(name.encode()) if isinstance(name, str) else int(name)
 
 
 def sequence(root: int, *name: str | int) -> np.random.SeedSequence:
-    """The seed sequence of the stream `name` under the root seed `root` (>= 0)."""
+    """The seed sequence of the stream `name` under the root seed `root`; InputError below 0."""
+    if root < 0:
+        raise InputError(f"seed must be at least 0, got {root}")
     return np.random.SeedSequence(entropy=root, spawn_key=tuple(_key(part) for part in name))
 
 

@@ -229,7 +229,8 @@ def test_site_files_of_other_tools_may_hold_tuple_indices(model: Path, tmp_path:
     file = tmp_path / "sites.csv"
     file.write_text(
         'Injection,Layer,TensorIndex,Bit\n4,w2_quantized,"(3, 1, 0, 2)",7\n4,w1_quantized,0,0\n'
-        "9,w1_quantized,35,1\n"
+        "9,w1_quantized,35,1\n",
+        encoding="utf-8-sig",  # as spreadsheets write it
     )
     inject(model, DATA, out=tmp_path / "s", sites=file)
     first, second = trials(tmp_path / "s")
@@ -243,10 +244,12 @@ def test_site_files_of_other_tools_may_hold_tuple_indices(model: Path, tmp_path:
     "line, message",
     [
         ("0,nothing,0,0", "line 2: no tensor 'nothing'"),
+        ('0,nothing,"(1, 2)",0', "line 2: no tensor 'nothing'"),
         ("0,w1_quantized,36,0", "line 2: .*offset 36"),
         ("0,w1_quantized,0,8", "line 2: .*bit 8"),
         ("0,w1_quantized,x,0", "line 2"),
         ('0,w1_quantized,"(9, 0, 0, 0)",0', "line 2"),
+        ('0,w1_quantized,"(1, 2)",0', r"line 2: index \(1, 2\) given for the shape \(4, 1, 3, 3\)"),
         ("-1,w1_quantized,0,0", "line 2: Injection -1"),
         ("0,w1_quantized,0", "line 2"),
         ("0,w1_quantized,0,0\n0,w1_quantized,0,0", "twice"),

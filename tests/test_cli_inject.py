@@ -212,8 +212,9 @@ def test_one_line_from_the_real_process_too(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [["--engine", "slow"], ["--rates", "a,b"], ["--shard", "1"], ["--json", "no/r.json"]],
-)
+    [["--engine", "slow"], ["--rates", "a,b"], ["--shard", "1"], ["--json", "no/r.json"],
+     ["--memory", "much"], ["--memory", "infGiB"]],
+)  # fmt: skip
 def test_usage_errors_are_code_2(folder: Path, args: list[str]) -> None:
     assert f"Invalid value for '{args[0]}'" in inject("--trials", "1", *args, code=2)
     assert not Path("s").exists()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resq_deploy.errors import InputError
 from resq_deploy.seeds import integer, sequence, stream
 
 NAMES = st.lists(st.one_of(st.text(max_size=8), st.integers(0, 2**32 - 1)), max_size=4)
@@ -67,5 +68,5 @@ def test_another_process_draws_the_same() -> None:
 
 @pytest.mark.parametrize("root", [-1])
 def test_negative_roots_are_refused(root: int) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(InputError, match="seed must be at least 0, got -1"):
         sequence(root)

@@ -81,7 +81,7 @@ target_option = click.option(
     default="weight",
     show_default=True,
     metavar="T,T,...",
-    help="What can be hit: weight, bias, scale, zero-point, activation.",
+    help="What can be hit: weight, bias, scale, zero-point, float, activation.",
 )
 
 
@@ -103,7 +103,7 @@ def size(ctx: click.Context, option: click.Parameter, text: str | None) -> int |
     number = text.rstrip("BKMGikmgb ")
     try:
         return int(float(number) * UNITS[text[len(number) :].strip().upper()])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise click.BadParameter(f"{text!r} given; a size such as 1GiB or 500MB expected") from None
 
 

@@ -236,18 +236,23 @@ class Space:
             for offset, bit in zip(offsets.tolist(), bits_.tolist(), strict=True)
         ]
 
+    def index(self, name: str) -> int:
+        """Index of a tensor; InputError when there is none of that name."""
+        names = [tensor.name for tensor in self.tensors]
+        if name not in names:
+            raise InputError(f"no tensor {name!r} in the fault space; it has {', '.join(names)}")
+        return names.index(name)
+
     def flat(self, site: Site) -> int:
         """Flat bit index of a site; InputError when this file has no such bit."""
-        for start, tensor in zip(self.starts.tolist(), self.tensors, strict=False):
-            if tensor.name == site.tensor:
-                if site.offset >= tensor.size or site.bit >= tensor.width:
-                    raise InputError(
-                        f"{tensor.name} has the offsets 0 to {tensor.size - 1} and the bits 0 to "
-                        f"{tensor.width - 1}, got offset {site.offset}, bit {site.bit}"
-                    )
-                return int(start) + site.offset * tensor.width + site.bit
-        names = ", ".join(tensor.name for tensor in self.tensors)
-        raise InputError(f"no tensor {site.tensor!r} in the fault space; it has {names}")
+        index = self.index(site.tensor)
+        tensor = self.tensors[index]
+        if site.offset >= tensor.size or site.bit >= tensor.width:
+            raise InputError(
+                f"{tensor.name} has the offsets 0 to {tensor.size - 1} and the bits 0 to "
+                f"{tensor.width - 1}, got offset {site.offset}, bit {site.bit}"
+            )
+        return int(self.starts[index]) + site.offset * tensor.width + site.bit
 
     def to_json(self) -> list[dict[str, Any]]:
         return [tensor.to_json() for tensor in self.tensors]

@@ -62,7 +62,10 @@ def _offset(text: str, shape: tuple[int, ...]) -> int:
     if not text.startswith("("):
         return int(text)
     index = tuple(int(part) for part in text.strip("()").split(",") if part.strip())
-    return int(np.ravel_multi_index(index, shape))
+    try:
+        return int(np.ravel_multi_index(index, shape))
+    except ValueError:
+        raise InputError(f"index {text} given for the shape {shape}") from None
 
 
 def read_sites(path: Path, space: Space, model: Fault) -> Listed:
@@ -73,7 +76,7 @@ def read_sites(path: Path, space: Space, model: Fault) -> Listed:
     the line of a site that the file does not have.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}); a CSV file expected") from None
     reader = csv.DictReader(io.StringIO(text))
@@ -81,15 +84,12 @@ def read_sites(path: Path, space: Space, model: Fault) -> Listed:
         raise InputError(
             f"{path} has the columns {reader.fieldnames}; expected {','.join(CSV_COLUMNS)}"
         )
-    shapes = {tensor.name: tensor.shape for tensor in space.tensors}
     rows = []
     for row in reader:
         try:
-            site = Site(
-                tensor=row["Layer"],
-                offset=_offset(row["TensorIndex"], shapes.get(row["Layer"], ())),
-                bit=int(row["Bit"]),
-            )
+            tensor = space.tensors[space.index(row["Layer"])]
+            offset = _offset(row["TensorIndex"], tensor.shape)
+            site = Site(tensor=tensor.name, offset=offset, bit=int(row["Bit"]))
             space.flat(site)
             trial = int(row["Injection"])
         except (ValueError, TypeError) as error:  # InputError is a ValueError
