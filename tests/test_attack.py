@@ -273,6 +273,33 @@ def test_a_wrong_option_is_one_line(
     assert not out.exists()
 
 
+def test_labels_beyond_the_outputs_are_refused(trained: Trained) -> None:
+    few = replace(trained.test.first(80), y=np.arange(80) % 11)
+    with pytest.raises(InputError, match="labels up to 10, the model has 10 outputs"):
+        attacks.attack(trained.model, trained.twin, few, epsilons=[0.1])
+    with pytest.raises(InputError, match="labels up to 10, the model has 10 outputs"):
+        bfa.bfa(trained.model, trained.twin, few, images=20, batch=20)
+
+
+def test_the_twin_of_another_file_is_named(trained: Trained, tmp_path: Path) -> None:
+    """Its gradients break less: the file would look better than it is."""
+    net, facts = checkpoint.load(trained.twin)
+    with torch.no_grad():
+        weight_layers(net)["conv2"].weight[0, 0, 0, 0] += 1.0  # type: ignore[union-attr, operator, index]
+    other = tmp_path / "other.safetensors"
+    checkpoint.save(other, net, inputs={}, quantized=True, net=facts["net"], stage="baseline")
+    few = trained.test.first(4)
+    options: dict[str, Any] = {"epsilons": [0.1], "steps": 1, "check": False}
+    assert attacks.attack(trained.model, trained.twin, few, **options)["warnings"] == []
+    (warning,) = attacks.attack(trained.model, other, few, **options)["warnings"]
+    assert "does not store the codes of conv2.weight" in warning
+    shown = call(
+        "attack", trained.model, "--twin", other, "--data", "digits", "--images", 4, "--eps", 0.1,
+        "--steps", 1, "--no-sanity",
+    )  # fmt: skip
+    assert "conv2.weight" in shown.stderr
+
+
 def test_images_of_another_type_are_refused(trained: Trained) -> None:
     floats = Dataset(name="floats", x=evaluate.as_float(trained.test.x[:4]), y=trained.test.y[:4])
     with pytest.raises(InputError, match=r"floats: uint8 images \(N, C, H, W\) expected"):
@@ -346,6 +373,24 @@ def test_masked_gradients_are_found(trained: Trained) -> None:
     found = sanity.checks(target, few.x, few.y, chosen, correct, seed=0, confidence=0.95)
     verdicts = {row["check"]: row["verdict"] for row in found}
     assert verdicts["black box"] == "suspicious" and verdicts["large radius"] == "suspicious"
+
+
+def test_the_black_box_is_compared_with_attacks_that_use_gradients_alone(trained: Trained) -> None:
+    """AutoAttack looks at the file too: what Square breaks, it breaks."""
+    few, epsilon = trained.test.first(20), 0.1
+    target = replace(trained.target(), net=Masked(trained.net))
+    broken = {"autoattack": "0" * 20, "square": "0" * 20, "pgd": "1" * 20}
+    correct = {name: {epsilon: marks(text)} for name, text in broken.items()}
+
+    def compared(*names: str) -> list[dict[str, Any]]:
+        chosen = registry.make(names, BUDGET)
+        of = {name: correct[name] for name in names}
+        rows = sanity.checks(target, few.x, few.y, chosen, of, seed=0, confidence=0.95)
+        return [row for row in rows if row["check"] == "black box"]
+
+    assert compared("autoattack", "square") == []  # it contains Square
+    (row,) = compared("autoattack", "pgd", "square")
+    assert row["weaker"]["attack"] == "Square-40" and row["verdict"] == "suspicious"
 
 
 # ------------------------------------------------------------------------- adversarial bits

@@ -12,12 +12,15 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from resq_deploy import artifacts, bits, memory_map, recipe, runtime
+from resq_deploy.attack import bfa
+from resq_deploy.attack.twin import strange_weight
 from resq_deploy.data import Dataset
-from resq_deploy.errors import ExportError
+from resq_deploy.errors import ExportError, InputError
 from resq_deploy.export import checks, export
 from resq_deploy.export.packed import pack
 from resq_deploy.export.qdq import qdq
 from resq_deploy.inject import inject, results, space
+from resq_deploy.inject.memory import Memory
 from resq_deploy.nets import checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -116,3 +119,15 @@ def test_export_says_how_weights_are_stored(tmp_path: Path) -> None:
     assert manifest["weights"]["storage"].startswith("two int4 codes per byte")
     assert manifest["opset"] == runtime.parse_model(model).opset_import[0].version == 21
     assert manifest["tflite"]["written"] is True  # there a code has a byte of its own
+
+
+def test_attacks_know_the_twin_of_packed_weights_and_bit_search_refuses_them(
+    packed: onnx.ModelProto,
+) -> None:
+    twin, raw = living.network("resnet8", 0.5, weight_bits=4), packed.SerializeToString()
+    memory = Memory.of(space.discover(runtime.parse_model(raw)))
+    assert strange_weight(memory, twin) is None
+    assert strange_weight(memory, living.network("resnet8", 0.5)) == "conv1.weight"
+    images = Dataset(name="noise", x=np.zeros((2, 3, 32, 32), np.uint8), y=np.arange(2))
+    with pytest.raises(InputError, match="stores two 4-bit codes of conv1.weight in a byte"):
+        bfa._File(raw, twin, images)

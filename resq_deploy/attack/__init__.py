@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import nn
 
 from resq_deploy import artifacts, metrics, runtime
 from resq_deploy.attack import registry, sanity
 from resq_deploy.attack.base import Budget, Images, Target
 from resq_deploy.attack.matrix import matrix
+from resq_deploy.attack.twin import strange_weight
 from resq_deploy.data.base import Dataset
-from resq_deploy.errors import InputError
+from resq_deploy.errors import InputError, UnsupportedModel
+from resq_deploy.inject import space
+from resq_deploy.inject.memory import Memory
 from resq_deploy.nets import checkpoint
 
 Correct = NDArray[np.bool_]
@@ -62,6 +66,21 @@ def _check(data: Dataset, epsilons: Sequence[float], rates: Sequence[float], dra
         raise InputError(f"draws must be at least 1, got {draws}")
 
 
+def _warnings(raw: bytes, net: nn.Module, *, quantized: bool) -> list[str]:
+    """That another network is attacked than the one that the file holds."""
+    try:
+        memory = Memory.of(space.discover(runtime.parse_model(raw)))
+    except UnsupportedModel:  # such as one of float weights: no codes to compare
+        return []
+    strange = strange_weight(memory, net) if quantized else memory.space.tensors[0].name
+    if strange is None:
+        return []
+    return [
+        f"the file does not store the codes of {strange} in the twin: gradients of another network "
+        "break fewer images; give the checkpoint that the file was exported from"
+    ]
+
+
 def attack(
     model: Path,
     twin: Path,
@@ -85,7 +104,8 @@ def attack(
     `attacks` are names of `registry.ATTACKS`, with the budget of `base.Budget`. The result has
     `attacks` (by name, each with its rows `epsilons`), `worst` (right only where no attack
     succeeded), `sanity` (with `check`) and, with bit error `rates`, `matrix`: clean and worst
-    images under `draws` fault patterns per rate. `epsilons` repeats the rows of PGD.
+    images under `draws` fault patterns per rate. `epsilons` repeats the rows of PGD, `warnings`
+    says where `twin` is not the checkpoint of `model`.
 
     An existing `out` made from the same inputs is returned as it is. Raises InputError when
     `model` or `twin` cannot be read or an option is out of its range.
@@ -93,7 +113,7 @@ def attack(
     _check(data, epsilons, rates, draws)
     chosen = registry.make(attacks, Budget(steps=steps, restarts=restarts, queries=queries))
     raw = runtime.read_model(model)
-    net, _ = checkpoint.load(twin)
+    net, made = checkpoint.load(twin)
     facts = {
         "model_sha256": artifacts.sha256(model),
         "twin_sha256": artifacts.sha256(twin),
@@ -116,6 +136,7 @@ def attack(
         if done.get("inputs") == inputs:
             return dict(done)
     target = Target.of(net, raw, data.x)
+    data.check_labels(target.n_classes)
     clean_twin, clean = target.twin(data.x, data.y), target.deployed(data.x, data.y)
     found: dict[str, dict[str, Any]] = {}
     correct: dict[str, dict[float, Correct]] = {name: {} for name in chosen}
@@ -143,6 +164,7 @@ def attack(
         "attacks": found,
         "worst": [_measured(epsilon, right, confidence) for epsilon, right in worst.items()],
         "versions": artifacts.versions(),
+        "warnings": _warnings(raw, net, quantized=made["quantized"]),
     }
     if "pgd" in found:
         result["epsilons"] = found["pgd"]["epsilons"]

@@ -67,7 +67,9 @@ class Attack(ABC):
     """
 
     white_box: ClassVar[bool] = True
-    """Uses gradients of the twin; else only the outputs of the exported file."""
+    """Uses gradients of the twin."""
+    black_box: ClassVar[bool] = False
+    """Searches by the outputs of the exported file."""
 
     def __init__(self, budget: Budget) -> None:
         self.budget = budget

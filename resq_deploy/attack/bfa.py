@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from resq_deploy import artifacts, evaluate, metrics, progress, runtime, seeds
+from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
+from resq_deploy.attack.twin import strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import InPlaceSecded
 from resq_deploy.errors import InputError
@@ -143,21 +144,25 @@ class _File:
         self._check(net)
 
     def _check(self, net: nn.Module) -> None:
-        """InputError unless the file stores the codes of the twin, tensor by tensor."""
+        """InputError unless the file stores the codes of the twin, a byte for each."""
         encoding = encoding_of(net)
         if isinstance(encoding, InPlaceSecded):
             raise InputError(
                 f"the weights are stored as {encoding.name}, which corrects single flips; the "
                 "search looks at one bit at a time and goes with encodings that decode byte by byte"
             )
-        pairs = zip(self._memory.space.tensors, self._memory.contents, strict=True)
-        stored = {tensor.name: content.tobytes() for tensor, content in pairs}
-        for name, layer in weight_layers(net).items():
-            if stored.get(f"{name}.weight") != encoding.encode(codes(layer).numpy()).tobytes():
-                raise InputError(
-                    f"the file does not store the codes of {name}.weight in the twin; give the "
-                    "checkpoint that the file was exported from"
-                )
+        packed = [t.name for t in self._memory.space.tensors if t.dtype in bits.PACKED]
+        if packed:
+            raise InputError(
+                f"the file stores two 4-bit codes of {packed[0]} in a byte; the search flips bits "
+                "of bytes that hold one: export with --weights int8"
+            )
+        strange = strange_weight(self._memory, net)
+        if strange is not None:
+            raise InputError(
+                f"the file does not store the codes of {strange} in the twin; give the checkpoint "
+                "that the file was exported from"
+            )
 
     def _scores(self, sites: Sequence[Site]) -> NDArray[Any]:
         flat = np.array([self._memory.space.flat(site) for site in sites], np.int64)
@@ -274,6 +279,7 @@ def bfa(
         raise InputError(f"{twin} is a float checkpoint; the search needs the int8 one")
     measured = data.first(n)
     file = _File(raw, net, measured)
+    data.check_labels(file.n_classes)
     level = chance(file.n_classes, measured.y)
     clean = int(file.correct([]).sum())
     searches = []

@@ -90,9 +90,9 @@ def checks(
             label, marks = run(restarted, epsilon)
             many = (f"{label}, {restarted.budget.restarts} restarts", marks)
             found.append(compare("random restarts", epsilon, many, ran("apgd", epsilon)))
-        white = [name for name, attack in attacks.items() if attack.white_box]
-        for name in set(attacks) - set(white):
-            if white:
+        white = [name for name, attack in attacks.items() if not attack.black_box]
+        for name, attack in attacks.items():
+            if white and not attack.white_box:
                 worst = np.logical_and.reduce([ran(w, epsilon)[1] for w in white])
                 pair = ran(name, epsilon), ("white-box", worst)
                 found.append(compare("black box", epsilon, *pair))

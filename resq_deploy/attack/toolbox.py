@@ -138,7 +138,7 @@ class APGDDLR(_APGD):
 class Square(_Toolbox):
     """Random squares that lower the margin (arXiv 1912.00049), on the exported file alone."""
 
-    white_box = False
+    white_box, black_box = False, True
 
     @property
     def label(self) -> str:
@@ -173,7 +173,7 @@ class AutoAttack(Attack):
     original are not part of it.
     """
 
-    label = "AutoAttack"
+    label, black_box = "AutoAttack", True
 
     def __init__(self, budget: Budget) -> None:
         super().__init__(budget)

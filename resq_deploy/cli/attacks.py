@@ -19,7 +19,7 @@ from resq_deploy.cli.options import (
     rates,
     with_data,
 )
-from resq_deploy.cli.output import emit_json, percent, table, write_text
+from resq_deploy.cli.output import emit_json, percent, table, warn, write_text
 
 
 @main.command()
@@ -61,6 +61,7 @@ def attack(
 
     found = stage.attack(model, twin, load_data(data, images, root), epsilons=eps, **options)
     _print_attack(found)
+    warn(found["warnings"])
     emit_json(found, json_file)
 
 

@@ -52,6 +52,13 @@ class Dataset:
     def n_classes(self) -> int:
         return int(self.y.max()) + 1
 
+    def check_labels(self, n_outputs: int) -> None:
+        """InputError when a label is beyond the outputs of a model."""
+        if self.n_classes > n_outputs:
+            raise InputError(
+                f"{self.name} has labels up to {self.y.max()}, the model has {n_outputs} outputs"
+            )
+
     @cached_property
     def sha256(self) -> str:
         """Digest of shape, type and bytes of x and y (not of the groups)."""

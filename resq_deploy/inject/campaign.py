@@ -180,11 +180,7 @@ def run(
         raise InputError(f"--seed must be at least 0, got {seed}")
     session = runtime.session(model)
     golden = runtime.run(session, data.x)
-    n_classes = golden[0].size
-    if data.y.max() >= n_classes:
-        raise InputError(
-            f"{data.name} has labels up to {data.y.max()}, the model has {n_classes} outputs"
-        )
+    data.check_labels(golden[0].size)
     if engine not in ENGINES:
         raise InputError(f"engine {engine!r} does not exist; expected {', '.join(ENGINES)}")
     job = Job(

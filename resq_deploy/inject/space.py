@@ -236,12 +236,16 @@ class Space:
             for offset, bit in zip(offsets.tolist(), bits_.tolist(), strict=True)
         ]
 
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        return {tensor.name: index for index, tensor in enumerate(self.tensors)}
+
     def index(self, name: str) -> int:
         """Index of a tensor; InputError when there is none of that name."""
-        names = [tensor.name for tensor in self.tensors]
-        if name not in names:
-            raise InputError(f"no tensor {name!r} in the fault space; it has {', '.join(names)}")
-        return names.index(name)
+        if name not in self._indices:
+            names = ", ".join(self._indices)
+            raise InputError(f"no tensor {name!r} in the fault space; it has {names}")
+        return self._indices[name]
 
     def flat(self, site: Site) -> int:
         """Flat bit index of a site; InputError when this file has no such bit."""
