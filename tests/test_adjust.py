@@ -199,6 +199,14 @@ def test_the_artefact_records_codes_before_and_after(tiny_run: Path) -> None:
         assert sum(facts["codes"][name]["before"]) == layer.weight.numel()  # type: ignore[union-attr, operator]
 
 
+def test_too_few_images_are_refused(fault: Path, tmp_path: Path) -> None:
+    """Half of them decide, and every pattern sees an eighth of these."""
+    with pytest.raises(InputError, match="15 calibration images given; stage 3 needs 16 or more"):
+        adjust(fault, out=tmp_path, images=images().first(15), config=config())
+    few = images().first(16)
+    adjust(fault, out=tmp_path, images=few, config=config(patterns=8, ratios=(0.9,)))
+
+
 def test_float_checkpoint_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     source = tiny_run / "float/checkpoint.safetensors"
     with pytest.raises(InputError, match="is a float checkpoint; stage 3 needs an int8 one"):

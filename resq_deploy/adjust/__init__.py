@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from resq_deploy import artifacts, evaluate, metrics, recipe
-from resq_deploy.adjust.bench import Bench, Terms, allowed
+from resq_deploy.adjust.bench import SHARE, Bench, Terms, allowed
 from resq_deploy.adjust.search import search
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError
@@ -99,6 +99,11 @@ def adjust(
     net, facts = checkpoint.load(source)
     if not facts["quantized"]:
         raise InputError(f"{source} is a float checkpoint; stage 3 needs an int8 one")
+    if len(images) < 2 * SHARE:
+        raise InputError(
+            f"{len(images)} calibration images given; stage 3 needs {2 * SHARE} or more: half of "
+            f"them decide, a fault pattern sees every {SHARE}th of a half"
+        )
     profile = facts["net"].get("profile", "float-channel")
     if config.activations and profile != "float-channel":
         raise InputError(

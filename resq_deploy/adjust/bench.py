@@ -15,6 +15,7 @@ from resq_deploy.data.base import Dataset
 from resq_deploy.perturb.weights import Masks, random_masks
 
 SHARE = 8
+"""Every fault pattern is tried on one of so many parts of the images."""
 
 
 @dataclass(frozen=True, kw_only=True)
