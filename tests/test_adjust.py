@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from resq_deploy import artifacts, data, recipe
+from resq_deploy import artifacts, data, encoding, recipe
 from resq_deploy.adjust import _output_means, adjust, confirm, correct_biases
 from resq_deploy.adjust.bench import Bench
 from resq_deploy.adjust.search import clip, groups, ranges, search
@@ -115,6 +115,27 @@ def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves
             assert d["scale_after"] == pytest.approx(0.6 * d["scale_before"], rel=1e-4)
     for name in set(before) - set(order):
         assert torch.equal(codes(weight_layers(net)[name]), before[name])
+
+
+@pytest.mark.parametrize("name", ["secded", "parity:expected"])
+def test_codes_stay_levels_of_an_encoding_and_faults_are_read_through_it(
+    fault: Path, name: str
+) -> None:
+    net, _ = checkpoint.load(fault, encoding=name)
+    options = {"rate": 0.05, "fault_weight": 10.0, "margin": 0.5, "ratios": (0.7,)}
+    bench = Bench(net, images(), config(**options), seed=0, name="search")
+    decisions = search(net, bench, ["layer1.0.conv2", "layer3.0.conv2"])
+    assert any(d["ratio"] < 1 for d in decisions)
+    kind = encoding.parse(name)
+    for layer in weight_layers(net).values():
+        assert np.isin(codes(layer).numpy(), kind.levels).all()
+    mask = torch.zeros_like(codes(weight_layers(net)["fc"]))
+    mask[0, 0] = 64  # what plain codes feel: in-place SECDED corrects it
+    losses = []
+    for pattern in ({}, {"fc": mask}):
+        bench.patterns = [pattern] * 8  # each on an eighth of the images
+        losses.append(bench.fault_losses(net))
+    assert np.array_equal(*losses) == (name == "secded")
 
 
 def test_ranges_of_activations_are_what_their_quantizers_saturate_at(fault: Path) -> None:

@@ -70,6 +70,16 @@ class TestContract:
         read = kind.decode(np.random.default_rng(0).permutation(ALL).reshape(4, 64))
         assert read.dtype == np.int8 and read.shape == (4, 64)
 
+    @pytest.mark.parametrize("bit", range(8))
+    def test_a_byte_struck_alone_is_read_as_if_no_other_were(self, name: str, bit: int) -> None:
+        """One by one; a tensor with an incomplete word, a byte of which is bad already."""
+        kind = encoding.parse(name)
+        stored = kind.encode(weight(kind, (2, 7))) ^ random_flips((2, 7), 0.01, seed=3)
+        found = kind.struck_alone(stored, bit)
+        for at in range(stored.size):
+            one = bits.flip_sites(stored, np.array([at]), np.array([bit]))
+            assert found.flat[at] == kind.decode(one).flat[at]
+
     def test_name_and_documentation(self, name: str) -> None:
         assert encoding.parse(name).name == name
         text = (Path(__file__).parents[1] / "docs/encoding.md").read_text(encoding="utf-8")
@@ -399,6 +409,27 @@ def test_gradients_pass_uneven_levels_straight_through(saved: Path) -> None:
     value = layer.quant_weight().value  # type: ignore[operator]
     (gradient,) = torch.autograd.grad(value.sum(), layer.weight)
     assert (gradient == 1).float().mean() > 0.8  # the maximum of a channel also moves the scale
+
+
+@pytest.mark.parametrize("name", ["plain", "guard:mean", "parity:expected", "saf:tanh"])
+def test_worst_flips_are_those_of_the_stored_bits(saved: Path, name: str) -> None:
+    """Every stored bit of a layer tried alone, on a loss that is linear in the weights."""
+    net, _ = checkpoint.load(saved, encoding=name)
+    kind, layer = encoding.parse(name), weight_layers(net)["conv1"]
+    slope = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(2))  # type: ignore[union-attr, arg-type]
+    code, scale = codes(layer).numpy(), layer.quant_weight().scale.detach()  # type: ignore[operator]
+    stored, gains = kind.encode(code), np.full((code.size, 8), -np.inf)
+    for offset in range(code.size):
+        for bit in range(8):
+            one = kind.decode(bits.flip_sites(stored, np.array([offset]), np.array([bit])))
+            step = torch.from_numpy(one.astype(np.float32) - code)
+            gains[offset, bit] = float((step * scale * slope).flatten()[offset])
+    best = np.sort(gains.max(axis=1))[::-1][:5]
+    mask = worst_masks(net, 5, {"conv1": slope})["conv1"].flatten().numpy().view(np.uint8)
+    at = np.flatnonzero(mask)
+    struck = [gains[i, int(mask[i]).bit_length() - 1] for i in at]
+    assert len(at) == 5 and np.bitwise_count(mask[at]).tolist() == [1] * 5
+    np.testing.assert_allclose(sorted(struck, reverse=True), best, rtol=1e-4)
 
 
 def test_four_bits_and_worst_flips_of_a_correcting_code_are_refused(saved: Path) -> None:

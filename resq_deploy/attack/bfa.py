@@ -117,8 +117,7 @@ def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> li
         slope = (gradient * scale).numpy()
         gains = np.empty((8, stored.size), np.float64)
         for bit in range(8):
-            flipped = (stored ^ np.uint8(1 << bit)).view(np.int8)
-            step = encoding.decode(flipped).astype(np.int16) - read
+            step = encoding.struck_alone(stored.view(np.int8), bit).astype(np.int16) - read
             gain = np.where(mask >> bit & 1, -np.inf, slope * step)
             gains[bit] = gain.reshape(-1)
         best = np.argsort(-gains, axis=None, kind="stable")[:n]

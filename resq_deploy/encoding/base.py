@@ -15,6 +15,11 @@ ALL: Codes = np.arange(256).astype(np.uint8).view(np.int8)
 order, so that a code itself, negative ones counted from the end, finds its entry."""
 
 
+def inverted(stored: Codes, bit: int) -> Codes:
+    """`bit` of every byte flipped (tests hold it to `bits.flip`)."""
+    return (stored.view(np.uint8) ^ np.uint8(1 << bit)).view(np.int8)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
     """Which int8 codes a weight may have, how they are stored in as many bytes, how these are read.
@@ -57,6 +62,10 @@ class Encoding:
     def decode(self, stored: Codes) -> Codes:
         """What is read where `stored` is stored; defined for every byte."""
         return stored
+
+    def struck_alone(self, stored: Codes, bit: int) -> Codes:
+        """What each of the bytes is read as when `bit` of it flips and nothing else does."""
+        return self.decode(inverted(stored, bit))
 
     def unprotected(self, size: int) -> int:
         """How many of `size` stored bytes no redundancy covers."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy.encoding import hsiao
-from resq_deploy.encoding.base import ALL, Codes, Encoding
+from resq_deploy.encoding.base import ALL, Codes, Encoding, inverted
 
 WORD = 8
 """Bytes of a word."""
@@ -88,6 +88,15 @@ class InPlaceSecded(Encoding):
         if self.zero:
             words[DOUBLE[syndrome]] = 0
         return read
+
+    def struck_alone(self, stored: Codes, bit: int) -> Codes:
+        read = self.decode(inverted(stored, bit)).reshape(-1)  # right behind the whole words
+        for place in range(min(WORD, stored.size // WORD * WORD)):
+            inside = slice(place, stored.size // WORD * WORD, WORD)
+            one = np.array(stored, order="C").reshape(-1)
+            one[inside] = inverted(one[inside], bit)
+            read[inside] = self.decode(one)[inside]
+        return read.reshape(stored.shape)
 
     def unprotected(self, size: int) -> int:
         return size % WORD

@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.encoding.base import ALL, Codes, Encoding
+from resq_deploy.encoding.base import ALL, Codes, Encoding, inverted
 
 POLICIES = ("zero", "nearest", "mean", "expected")
 
@@ -66,16 +66,32 @@ class Checked(Encoding):
         return np.asarray(weight @ levels / total)
 
     def decode(self, stored: Codes) -> Codes:
-        read = self.table[stored]
         if self.policy != "mean":
-            return read
-        good = self.good[stored]
+            return self.table[stored]
+        total, count = self._sums(stored)
+        return self._or_mean(stored, total, count)
+
+    def struck_alone(self, stored: Codes, bit: int) -> Codes:
+        flipped = inverted(stored, bit)
+        if self.policy != "mean":
+            return self.table[flipped]
+        total, count = self._sums(stored)
+        return self._or_mean(flipped, total - self.table[stored], count - self.good[stored])
+
+    def _sums(self, stored: Codes) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Sum and number of the good codes of every channel, as (channels, 1, ...)."""
         within = tuple(range(1, stored.ndim))
         # Sums of codes are exact in float32 up to 131,072 codes a channel; a device divides so too.
-        total = read.sum(axis=within, keepdims=True, dtype=np.float32)
-        count = good.sum(axis=within, keepdims=True, dtype=np.float32)
+        total = self.table[stored].sum(axis=within, keepdims=True, dtype=np.float32)
+        count = self.good[stored].sum(axis=within, keepdims=True, dtype=np.float32)
+        return total, count
+
+    def _or_mean(
+        self, stored: Codes, total: NDArray[np.float32], count: NDArray[np.float32]
+    ) -> Codes:
+        """The good ones of the stored bytes as they are, the others as total / count."""
         mean = np.rint(total / np.maximum(count, np.float32(1)))
-        return np.where(good, read, mean).astype(np.int8)
+        return np.where(self.good[stored], self.table[stored], mean).astype(np.int8)
 
     def unprotected(self, size: int) -> int:
         return 0

@@ -93,8 +93,7 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
         code = codes(layers[name])
         scale = cast(Any, layers[name]).quant_weight().scale.detach()
         slope = (gradient.detach() * scale).float()
-        masks_of_bits = [torch.full_like(code, 1 << bit if bit < 7 else -128) for bit in range(8)]
-        change = torch.stack([_step(code, m, encoding) * slope for m in masks_of_bits])
+        change = torch.stack([_step_of_one(code, bit, encoding) * slope for bit in range(8)])
         best, bit = change.flatten(1).max(dim=0)
         gains.append(best)
         chosen.append(bit)
@@ -119,6 +118,14 @@ def _step(code: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
         stored = encoding.encode(code.cpu().numpy()) ^ mask.cpu().numpy()
         read = torch.from_numpy(encoding.decode(stored)).to(code.device)
     return read.to(torch.int16) - code.to(torch.int16)
+
+
+def _step_of_one(code: Tensor, bit: int, encoding: Encoding) -> Tensor:
+    """The same where one stored bit flips alone, for each of the codes."""
+    if encoding.name == "plain":
+        return _step(code, torch.full_like(code, 1 << bit if bit < 7 else -128), encoding)
+    read = encoding.struck_alone(encoding.encode(code.cpu().numpy()), bit)
+    return torch.from_numpy(read).to(code.device, torch.int16) - code.to(torch.int16)
 
 
 def _corrupt(mask: Tensor, encoding: Encoding) -> Any:
