@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -210,3 +211,17 @@ def test_manifest_of_another_data_set_is_refused(tmp_path: Path) -> None:
     (tmp_path / "calibration/tiny.toml").write_text('data = "digits"\nimages = 9999\n')
     with pytest.raises(InputError, match="9999 images of split 'train' asked for; there are 797"):
         calibration.load(loaded.data, data.load("digits"))
+
+
+def test_test_images_calibrate_only_where_there_are_no_others(tmp_path: Path) -> None:
+    """Stage 3 chooses on the calibration images: the proof must be on others."""
+    from resq_deploy import data
+    from resq_deploy.data import calibration
+
+    loaded = recipe.load(write_recipe(tmp_path))
+    Path(loaded.data.calibration).write_text('data = "digits"\nsplit = "test"\nimages = 64\n')
+    both = data.load("digits")
+    with pytest.raises(InputError, match=r"split 'test' given; .* has training images"):
+        calibration.load(loaded.data, both)
+    alone = dataclasses.replace(both, train=None)
+    assert len(calibration.load(loaded.data, alone)) == 64

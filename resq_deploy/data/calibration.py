@@ -12,14 +12,19 @@ from resq_deploy.errors import InputError
 def load(config: recipe.Data, splits: Splits) -> Dataset:
     """The images that the manifest `config.calibration` (a path) selects from `splits`.
 
-    Raises InputError when the manifest belongs to another data set, asks for more images
-    than there are, or its digest does not match.
+    Raises InputError when the manifest belongs to another data set, asks for test images where
+    there are others, or for more than there are, or its digest does not match.
     """
     path = Path(config.calibration)
     manifest = recipe.load_manifest(path)
     if manifest.data != Path(config.name).stem:
         raise InputError(
             f"{path}: made for data set {manifest.data!r}, the recipe uses {config.name!r}"
+        )
+    if manifest.split == "test" and splits.train is not None:
+        # They would decide in stage 3, and prove it afterwards.
+        raise InputError(
+            f"{path}: split 'test' given; {splits.train.name} has training images: give 'train'"
         )
     source = splits.train if manifest.split == "train" else splits.test
     if source is None or manifest.images > len(source):
