@@ -19,7 +19,7 @@ from resq_deploy import artifacts, metrics, runtime
 from resq_deploy.attack import registry, sanity
 from resq_deploy.attack.base import Budget, Images, Target
 from resq_deploy.attack.matrix import matrix
-from resq_deploy.attack.twin import strange_weight
+from resq_deploy.attack.twin import WANTED, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import space
@@ -77,7 +77,7 @@ def _warnings(raw: bytes, net: nn.Module, *, quantized: bool) -> list[str]:
         return []
     return [
         f"the file does not store the codes of {strange} in the twin: gradients of another network "
-        "break fewer images; give the checkpoint that the file was exported from"
+        f"break fewer images; {WANTED}"
     ]
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
-from resq_deploy.attack.twin import strange_weight
+from resq_deploy.attack.twin import WANTED, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import InPlaceSecded
 from resq_deploy.errors import InputError
@@ -159,8 +159,7 @@ class _File:
         strange = strange_weight(self._memory, net)
         if strange is not None:
             raise InputError(
-                f"the file does not store the codes of {strange} in the twin; give the checkpoint "
-                "that the file was exported from"
+                f"the file does not store the codes of {strange} in the twin; {WANTED}"
             )
 
     def _scores(self, sites: Sequence[Site]) -> NDArray[Any]:

@@ -8,6 +8,11 @@ from resq_deploy import bits
 from resq_deploy.inject.memory import Memory
 from resq_deploy.nets.quantized import codes, encoding_of, weight_layers
 
+WANTED = (
+    "give the checkpoint that the file was exported from (export --encoding and --profile change "
+    "codes: such a file has no twin)"
+)
+
 
 def strange_weight(memory: Memory, net: nn.Module) -> str | None:
     """The first weight of a quantized `net` whose codes, encoded as it says, the memory of the
