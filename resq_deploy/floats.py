@@ -24,7 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy import artifacts, runtime, static
 from resq_deploy.data.base import Dataset
-from resq_deploy.errors import InputError
+from resq_deploy.errors import InputError, UnsupportedModel
+from resq_deploy.inject import space
 
 Real = NDArray[np.float64]
 
@@ -60,8 +61,6 @@ ROOM = 1.02
 TOP = {"float32": 126, "float16": 14}
 """Scaled weights lie below 2 to this power, unless told: next to the end of the format, so that
 what is finite is read as 8 max|w| at most."""
-
-MATRICES = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +132,18 @@ def _through(w: Real, storage: Storage) -> tuple[NDArray[Any], list[tuple[str, l
 
 
 def store_as(model: onnx.ModelProto, storage: Storage) -> None:
-    """Store the weights of a float model otherwise, in place.
+    """Store the weights of a float model otherwise, in place: those that campaigns strike as the
+    target `float`.
 
-    InputError for a model without float weights in Conv, Gemm or MatMul.
+    InputError for a model without float weights.
     """
-    read = {node.input[1] for node in model.graph.node if node.op_type in MATRICES}
-    weights = [t for t in model.graph.initializer if t.name in read and len(t.dims) > 1]
-    if not weights or any(t.data_type != TensorProto.FLOAT for t in weights):
-        raise InputError("the model has no float weights in Conv, Gemm or MatMul; a float32 model "
-                         "expected")  # fmt: skip
+    try:
+        read = {tensor.name for tensor in space.discover(model, ["float"]).space.tensors}
+    except UnsupportedModel as error:
+        raise InputError(f"no float weights to store ({error}); a float32 model expected") from None
+    weights = [tensor for tensor in model.graph.initializer if tensor.name in read]
+    if any(tensor.data_type != TensorProto.FLOAT for tensor in weights):
+        raise InputError("the model has weights of float16; a float32 model expected")
     nodes: list[onnx.NodeProto] = []
     for tensor in weights:
         name = tensor.name

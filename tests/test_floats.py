@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
 import models
 from resq_deploy import bits, floats, runtime
@@ -160,6 +160,29 @@ def test_functions_are_those_of_the_int8_encoding(tau: str) -> None:
     kind, v = floats.TAUS[tau], np.linspace(-0.9, 0.9, 19)
     end = TAUS[tau](np.array(1e9))
     np.testing.assert_allclose(kind.inverse(TAUS[tau](v) / end * kind.bound) / kind.slope, v)
+
+
+@pytest.mark.parametrize("how", ["transposed", "constant"])
+def test_weights_that_are_not_read_directly_are_stored_too(how: str) -> None:
+    """Every weight that `inject --target float` strikes: none is left as it was, silently."""
+    model = models.float_resnet()
+    (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    (w3,) = (t for t in model.graph.initializer if t.name == "w3")
+    if how == "transposed":
+        gemm.input[1] = "w3.t"
+        gemm.attribute[0].i = 0
+        before = helper.make_node("Transpose", ["w3"], ["w3.t"], perm=[1, 0])
+    else:
+        before = helper.make_node("Constant", [], ["w3"], value=w3)
+        model.graph.initializer.remove(w3)
+    model.graph.node.insert(0, before)
+    x = models.data().x
+    expected = runtime.run(runtime.session(model.SerializeToString()), x)
+    floats.store_as(model, floats.parse("float32:tanh"))
+    stored = arrays(model)["w3"]
+    assert np.abs(stored - arrays(models.float_resnet())["w3"]).max() > 0.1
+    found = runtime.run(runtime.session(model.SerializeToString()), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def data() -> Dataset:
