@@ -197,9 +197,14 @@ def optimized(model: bytes, *, precise: bool | None = None) -> onnx.ModelProto:
         return onnx.load(file)
 
 
+def count(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of nodes of each type, most first."""
+    return dict(Counter(node.op_type for node in model.graph.node).most_common())
+
+
 def kernels(model: bytes) -> dict[str, int]:
-    """Number of nodes of each type in the graph that onnxruntime really runs, most first."""
-    return dict(Counter(node.op_type for node in optimized(model).graph.node).most_common())
+    """`count` of the graph that onnxruntime really runs for a file."""
+    return count(optimized(model))
 
 
 def constant_part(model: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:

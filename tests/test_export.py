@@ -197,6 +197,40 @@ def test_float_kernels_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(
+    ("operators", "refused"),
+    [
+        (["Sqrt", "Relu"], None),
+        (["Exp"], None),
+        (["Neg"], "1 x Neg"),
+        (["Sqrt", "Exp"], "1 x Sqrt, 1 x Exp"),
+        (["Sqrt", "Sqrt"], "2 x Sqrt"),
+    ],
+)
+def test_parts_of_a_norm_stand_together_only(operators: list[str], refused: str | None) -> None:
+    """What LayerNorm and softmax are made of is no licence for other float operators."""
+    names = ["q", *"abcdefg"[: len(operators)], "r"]
+    nodes = [helper.make_node("DequantizeLinear", ["x", "scale"], ["q"])]
+    nodes += [
+        helper.make_node(op, [i], [o])
+        for op, i, o in zip(operators, names, names[1:-1], strict=False)
+    ]
+    nodes.append(helper.make_node("QuantizeLinear", [names[-2], "scale", "zero"], ["r"]))
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, ["N", 8])],
+        [helper.make_tensor_value_info("r", TensorProto.UINT8, None)],
+        [numpy_helper.from_array(np.float32(0.5), "scale"),
+         numpy_helper.from_array(np.uint8(0), "zero")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
+    if refused is None:
+        checks.integer_kernels(model.SerializeToString())
+    else:
+        with pytest.raises(ExportError, match=f"{refused}$"):
+            checks.integer_kernels(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
     ("a", "b", "holds"),
     [
         ([[0.0, 5.0]], [[0.0, 5.0]], True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,8 +30,14 @@ MOVING = {
     "Where", "Relu", "Clip",
 }  # fmt: skip
 """Operators that convert, move, select or bound elements, whatever their type."""
-FLOAT = {"LayerNormalization", "Softmax", "Gelu", "Sigmoid", "GlobalAveragePool", "ReduceMean"}
+FLOAT = {"Gelu", "Sigmoid", "GlobalAveragePool", "ReduceMean"}
 """Operators that are allowed to compute in float."""
+ISLANDS = {
+    "Sqrt": Counter(Pow=2, Sub=2, Add=2, Sqrt=1, Div=1, Mul=1),
+    "Exp": Counter(ReduceMax=1, Sub=1, Exp=1, Mul=1, Round=1, ReduceSum=1, Div=1),
+}
+"""The operators that one LayerNorm, and one softmax, of `nets.islands` is made of (not those of
+FLOAT and MOVING), by the one that tells them. They may stand together, and nowhere else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,11 +151,30 @@ def tflite_codes(raw: bytes, model: onnx.ModelProto) -> None:
         )
 
 
+def _islands(graph: onnx.GraphProto) -> list[Counter[str]]:
+    """The kinds of the nodes of each connected part of a graph that lies between integer operators
+    and conversions."""
+    part: dict[str, Counter[str]] = {}  # by the name of a tensor
+    for node in graph.node:
+        if node.op_type in INTEGER | {"QuantizeLinear", "DequantizeLinear"}:
+            continue
+        met = {id(part[name]): part[name] for name in node.input if name in part}
+        joined = sum([*met.values(), Counter([node.op_type])], Counter())
+        part |= {name: joined for name, old in part.items() if id(old) in met}
+        part |= dict.fromkeys(node.output, joined)
+    return list({id(nodes): nodes for nodes in part.values()}.values())
+
+
 def integer_kernels(model: bytes) -> dict[str, int]:
-    """Kernels of the graph that onnxruntime runs; ExportError names every one that is
-    neither integer nor in `MOVING` or `FLOAT`."""
-    kernels = runtime.kernels(model)
-    wrong = {op: n for op, n in kernels.items() if op not in INTEGER | MOVING | FLOAT}
+    """Kernels of the graph that onnxruntime runs; ExportError names every one that is neither
+    integer nor in `MOVING` or `FLOAT`, nor belongs to one of `ISLANDS`."""
+    optimized = runtime.optimized(model)
+    kernels = runtime.count(optimized)
+    wrong: Counter[str] = Counter()
+    for nodes in _islands(optimized.graph):
+        computing = Counter({op: n for op, n in nodes.items() if op not in MOVING | FLOAT})
+        if not any(op in computing and computing <= whole for op, whole in ISLANDS.items()):
+            wrong += computing
     if wrong:
         named = ", ".join(f"{n} x {op}" for op, n in wrong.items())
         raise ExportError(f"onnxruntime keeps float kernels where integer ones must stand: {named}")

@@ -50,6 +50,23 @@ def relative_position_index(window: int) -> Tensor:
     return (dy * (2 * window - 1) + dx).reshape(-1)
 
 
+@torch.no_grad()
+def _take_over(layer: nn.Linear, norm: nn.LayerNorm) -> tuple[nn.Linear, nn.LayerNorm]:
+    """A linear layer with the gain and shift of the norm before it, and the norm without them.
+
+    Two operators of the file less; normalised values of all channels are then alike, as the one
+    scale of their quantizer wants them (gamma migration, Wei et al., arXiv 2209.13325).
+    """
+    if norm.weight is None:
+        return layer, norm
+    new = nn.Linear(layer.in_features, layer.out_features)
+    new.weight.copy_(layer.weight * norm.weight)
+    new.bias.copy_(layer.weight @ norm.bias)
+    if layer.bias is not None:
+        new.bias.add_(layer.bias)
+    return new, nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+
+
 class WindowAttention(Foldable):
     """Multi-head self-attention within windows of normalised tokens.
 
@@ -92,8 +109,9 @@ class WindowAttention(Foldable):
     def forward(self, x: Tensor) -> Tensor:
         c, t = self.proj.in_features, self.tokens
         x = self.qkv_out(self.qkv(self.tokens_in(x)))
-        x = x.reshape(-1, self.windows, t, 3, self.heads, c // self.heads).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = x[0], x[1], x[2]  # (N, windows, heads, tokens, c / heads)
+        h = self.heads
+        x = x.reshape(-1, self.windows, t, 3 * h, c // h).transpose(2, 3)
+        q, k, v = x[:, :, :h], x[:, :, h : 2 * h], x[:, :, 2 * h :]  # (N, windows, h, t, c / h)
         if self.scale != 1:
             q = q * self.scale
         scores = self.scores(torch.matmul(q, k.transpose(-1, -2)))
@@ -107,7 +125,7 @@ class WindowAttention(Foldable):
         return cast(Tensor, self.out(self.proj(x)))
 
 
-class Block(nn.Module):
+class Block(Foldable):
     """Attention and a two-layer perceptron, each with a shortcut: (N, side * side, c), same out.
 
     As in the paper's own code, a window is never larger than the grid, and a grid of one window
@@ -138,6 +156,11 @@ class Block(nn.Module):
         self.add2 = Add(main_is_quantized=True, skip_is_quantized=True)
         self.out = Boundary("signed", plain=True)
 
+    def fold(self) -> None:
+        self.attn.qkv, self.norm1 = _take_over(self.attn.qkv, self.norm1)
+        first, self.norm2 = _take_over(cast(nn.Linear, self.mlp.get_submodule("0")), self.norm2)
+        self.mlp.set_submodule("0", first)
+
     def forward(self, x: Tensor) -> Tensor:
         t, c = self.order.numel(), self.norm1.normalized_shape[0]
         y = self.attn(self.norm1(x.index_select(1, self.order).reshape(-1, c)))
@@ -146,7 +169,7 @@ class Block(nn.Module):
         return cast(Tensor, self.out(self.add2(y.reshape(-1, t, c), x)))
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Foldable):
     """Every 2x2 tokens become one: (N, side * side, c) -> (N, side * side / 4, 2 c)."""
 
     order: Tensor
@@ -159,6 +182,9 @@ class PatchMerging(nn.Module):
         self.normalised = Boundary("signed")
         self.reduction = nn.Linear(4 * c, 2 * c, bias=False)
         self.out = Boundary("signed", plain=True)
+
+    def fold(self) -> None:
+        self.reduction, self.norm = _take_over(self.reduction, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         t, c = self.order.numel(), self.norm.normalized_shape[0]
@@ -178,7 +204,7 @@ class Tokens(nn.Module):
         return x.reshape(-1, self.c, self.tokens).transpose(1, 2)
 
 
-class SwinTiny(nn.Module):
+class SwinTiny(Foldable):
     """Patch embedding, four stacks of 2, 2, 6, 2 blocks, patch merging between, classifier.
 
     Input (N, in_channels, image_size, image_size) pixels in [0, 1]; output (N, n_classes)
@@ -210,6 +236,9 @@ class SwinTiny(nn.Module):
         self.pooled = Boundary("signed")
         self.head = nn.Linear(c, n_classes)
         self.output = Boundary("signed", plain=True)
+
+    def fold(self) -> None:
+        self.head, self.norm = _take_over(self.head, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(self.features(self.input(x)))

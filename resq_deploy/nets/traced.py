@@ -144,7 +144,7 @@ class _Converter(Writer):
         return self.write(name, type(module), x, **options_of(module))
 
     def gelu(self, name: str, module: nn.Module, x: Ref) -> Ref:
-        """In float: onnxruntime has no integer kernel; its float one reads no quantized value."""
+        """In float; quantized, it has a quantizer of its own for what it reads."""
         if module.approximate != "none":
             raise Refused("GELU approximated by tanh; there is the exact one")
         if x.quantized or self.steps[x.step]["module"] not in ("Linear", "LayerNorm"):
