@@ -310,6 +310,33 @@ class Recipe(_Section):
             raise ValueError("float: give epochs, or a checkpoint")
         return self
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> Recipe:
+        """A stage would refuse it too, after the training of those before."""
+        model, fault = self.model, self.fault
+        stored, small = fault.encoding, model.weight_bits == 4
+        if small and stored != "plain":
+            raise ValueError(
+                f"fault.encoding = {stored} is for 8-bit weights, not for model.weight_bits = 4"
+            )
+        if model.profile == "asymmetric-tensor" and (small or stored != "plain"):
+            raise ValueError(
+                "model.profile = asymmetric-tensor goes with 8-bit weights and fault.encoding = "
+                f"plain, got {model.weight_bits} bits and {stored}"
+            )
+        if fault.method == "advbet" and isinstance(encoding.parse(stored), encoding.InPlaceSecded):
+            raise ValueError(
+                f"fault.method = advbet has no worst bit where fault.encoding = {stored} corrects "
+                "each: take randbet"
+            )
+        if self.adjust.activations and model.profile != "float-channel":
+            raise ValueError(
+                f"adjust.activations needs model.profile = float-channel, not {model.profile}"
+            )
+        if self.export.weights == "int4" and not small:
+            raise ValueError("export.weights = int4 needs model.weight_bits = 4")
+        return self
+
     def portable(self) -> dict[str, Any]:
         """Plain JSON values without the paths of this machine, for artefacts."""
         paths = {"data": {"root", "calibration"}, "float": {"checkpoint"}}

@@ -225,3 +225,25 @@ def test_test_images_calibrate_only_where_there_are_no_others(tmp_path: Path) ->
         calibration.load(loaded.data, both)
     alone = dataclasses.replace(both, train=None)
     assert len(calibration.load(loaded.data, alone)) == 64
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"weight_bits": 4}, "fault": {"encoding": "secded"}},
+         "fault.encoding = secded is for 8-bit weights, not for model.weight_bits = 4"),
+        ({"model": {"profile": "asymmetric-tensor"}, "fault": {"encoding": "guard:zero"}},
+         "model.profile = asymmetric-tensor goes with 8-bit weights and fault.encoding = plain"),
+        ({"model": {"profile": "asymmetric-tensor", "weight_bits": 4}}, "goes with 8-bit weights"),
+        ({"fault": {"method": "advbet", "encoding": "secded:zero"}},
+         "fault.method = advbet has no worst bit where fault.encoding = secded:zero corrects each"),
+        ({"model": {"profile": "po2-channel"}, "adjust": {"activations": True}},
+         "adjust.activations needs model.profile = float-channel, not po2-channel"),
+        ({"export": {"weights": "int4"}}, "export.weights = int4 needs model.weight_bits = 4"),
+    ],
+)  # fmt: skip
+def test_what_a_late_stage_would_refuse_is_refused_at_once(
+    changes: dict[str, dict[str, object]], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe.load(write_recipe(tmp_path, **changes))
