@@ -100,6 +100,12 @@ def test_a_sequential_campaign_says_how_it_ended(folder: Path) -> None:
     assert "still wider than 0.001: give more --draws" in done.stderr
 
 
+def test_intervals_are_called_what_they_are(folder: Path) -> None:
+    assert "(bootstrap over 5 patterns, 95 %)" in inject("--trials", "5")
+    shown = inject("--margin", "0.4", "--per-layer", "--out", "strata")
+    assert "(stratified, Wilson, 95 %)" in shown and "(stratified, normal, 95 %)" in shown
+
+
 def test_parquet_has_the_rows_of_the_csv(folder: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     inject("--fault", "ber", "--rates", "1e-3,1e-2", "--draws", "3")

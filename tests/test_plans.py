@@ -10,7 +10,8 @@ import pytest
 from scipy import stats
 
 import models
-from resq_deploy import metrics, store
+from resq_deploy import metrics, runtime, store
+from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.inject import inject, plans, results
 from resq_deploy.inject.plans import Strata, SweepUntil, Until, sequential
@@ -117,6 +118,28 @@ def test_the_variance_is_the_textbooks() -> None:
     mean, variance = stratified(plan, [trial(i) for i in range(n)], values.tolist())
     assert mean == pytest.approx(values.mean())
     assert variance == pytest.approx((1 - n / 36) * values.var(ddof=1) / n)
+
+
+def test_accuracies_that_are_all_one_are_not_taken_for_a_rate() -> None:
+    """Equal values have no spread; a rate of 1 still has one, because the next may be a 0."""
+    plan = strata(per_layer=True)
+    trials = [trial(i) for i in plan.trials()]
+    assert stratified(plan, trials, [1.0] * len(trials)) == (pytest.approx(1), 0)
+    assert stratified(plan, trials, [True] * len(trials))[1] > 0
+
+
+def test_intervals_of_accuracies_with_strata_stay_in_the_unit_interval(tmp_path: Path) -> None:
+    """Most faults lose nothing and a few lose much: the normal interval would reach beyond 1."""
+    file = tmp_path / "m.onnx"
+    file.write_bytes(models.quantized("qdq-channel"))
+    session = runtime.session(file.read_bytes())
+    y = metrics.top1(runtime.run(session, DATA.x))
+    own = Dataset(name="own answers", x=DATA.x, y=y)
+    found = inject(file, own, out=tmp_path / "s", margin=0.3, per_layer=True)["fault_accuracy"]
+    assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+    sweep = {"rates": [0.003], "until_width": 0.01, "draws": 25}
+    (row,) = inject(file, own, out=tmp_path / "t", **sweep)["per_rate"]
+    assert 0.8 < row["low"] < row["mean"] < 1 == row["high"]
 
 
 def test_a_full_census_has_no_error() -> None:

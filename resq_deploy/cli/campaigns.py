@@ -156,8 +156,10 @@ def _print_campaign(found: dict[str, Any]) -> None:
             f"{cost['data_bytes']} ({100 * cost['overhead']:.1f} %), "
             f"{cost['hardened_bytes']} hardened"
         )
+    strata = found["plan"]["kind"] == "strata"
+    how = "stratified, normal" if strata else f"bootstrap over {accuracy['n']} patterns"
     click.echo(
-        f"fault accuracy    {percent(accuracy)} (bootstrap over {accuracy['n']} patterns, {level}),"
+        f"fault accuracy    {percent(accuracy)} ({how}, {level}),"
         f" worst {100 * accuracy['worst']:.2f} %"
     )
     if found["per_rate"]:

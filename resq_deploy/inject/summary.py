@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,11 @@ def _accuracy(
     }
 
 
+def _within(accuracy: Interval) -> Interval:
+    """An interval made without knowing that accuracies lie in [0, 1], cut to what they can be."""
+    return replace(accuracy, low=max(0.0, accuracy.low), high=min(1.0, accuracy.high))
+
+
 def _outcomes(trials: Sequence[Trial]) -> dict[str, int]:
     counts = Counter(t.outcome for t in trials)
     return {name: counts[name] for name in OUTCOMES}
@@ -169,7 +174,7 @@ def _per_rate(
             continue
         mean = None
         if isinstance(plan, SweepUntil) and len(group.trials) > 1:
-            mean = sequential.mean_accuracy(group.trials, confidence)
+            mean = _within(sequential.mean_accuracy(group.trials, confidence))
         table.append(
             {
                 "rate": rate,
@@ -182,17 +187,17 @@ def _per_rate(
 
 
 def stratified(
-    plan: Strata, trials: Sequence[Trial], values: Sequence[float]
+    plan: Strata, trials: Sequence[Trial], values: Sequence[float] | Sequence[bool]
 ) -> tuple[float, float]:
     """Mean of `values` (one a trial) over all bits, and the variance of that estimate.
 
     Mean = sum W_h m_h and variance = sum W_h^2 (1 - n_h / N_h) s_h^2 / n_h with W_h = N_h / N, over
     the strata h with a finished trial: Cochran, Sampling Techniques (1977), theorems 5.1 and 5.3.
-    Where the values are 0 and 1, s_h^2 is that of (k + 1/2) of (n + 1), so that strata without a
-    hit do not count as certain; a stratum with one trial has the variance of all trials.
+    Of a rate (bool values) s_h^2 is that of (k + 1/2) of (n + 1), so that strata without a hit do
+    not count as certain; else a stratum with one trial has the variance of all trials.
     """
     owner, y = plan.owner(trials), np.asarray(values, np.float64)
-    binary = bool(np.isin(y, (0, 1)).all())
+    binary = np.asarray(values).dtype == np.bool_
     groups = {int(h): y[owner == h] for h in np.unique(owner)}
     total = sum(plan.strata[h].size for h in groups)
     mean = variance = 0.0
@@ -218,14 +223,14 @@ def _totals(
         return sequential.sdc_rate(trials, confidence), None
     if not isinstance(plan, Strata):
         return _rate(found, _is_sdc, confidence, method), None
-    value, variance = stratified(plan, trials, [float(_is_sdc(t)) for t in trials])
+    value, variance = stratified(plan, trials, [_is_sdc(t) for t in trials])
     middle = min(max(value, 0.5 / len(trials)), 1 - 0.5 / len(trials))
     rate = Interval(value=value, low=value, high=value, confidence=confidence, n=len(trials))
     if variance > 0:
         effective = middle * (1 - middle) / variance
         rate = metrics.effective_rate(value, effective, confidence, len(trials))
     mean, variance = stratified(plan, trials, _accuracies(trials).tolist())
-    return rate, metrics.normal(mean, variance, confidence, len(trials))
+    return rate, _within(metrics.normal(mean, variance, confidence, len(trials)))
 
 
 def _margin(trials: Sequence[Trial], confidence: float) -> dict[str, Any] | None:
