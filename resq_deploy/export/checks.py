@@ -21,7 +21,7 @@ PLAIN = Encoding()
 # What may stand in the graph that onnxruntime runs; everything else is refused by name.
 INTEGER = {
     "QLinearConv", "QGemm", "QLinearMatMul", "QLinearAdd", "QLinearMul", "QLinearSigmoid",
-    "QLinearSoftmax", "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearConcat",
+    "QLinearGlobalAveragePool", "QLinearAveragePool", "QLinearConcat",
     "QLinearLeakyRelu",
 }  # fmt: skip
 MOVING = {

@@ -45,8 +45,7 @@ class Unit(Uint8ActPerTensorFloat):
 
 
 class Probability(Unit):
-    """uint8 values in [0, 1], scale fixed at 1/256: onnxruntime's QLinearSoftmax rounds exactly
-    at this scale and cuts off at others."""
+    """uint8 values in [0, 1], scale fixed at 1/256, a power of two."""
 
     scaling_init = 255 / 256
 
