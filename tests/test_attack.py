@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from resq_deploy import artifacts, bits, data, evaluate, runtime
+from resq_deploy import artifacts, bits, data, evaluate, metrics, runtime
 from resq_deploy import attack as attacks
 from resq_deploy.attack import bfa, registry, sanity
 from resq_deploy.attack.base import Budget, Target
@@ -421,6 +421,23 @@ def test_results_of_attacks_become_a_page(
     (tmp_path / "other.json").write_text('{"clean": 3}')
     with pytest.raises(InputError, match=r"other.json is not what `resq-deploy attack --json` or"):
         report([tmp_path / "other.json"], tmp_path / "page.html")
+
+
+def test_the_page_has_the_confidence_and_the_warnings_of_the_result(
+    found: dict[str, Any], trained: Trained, tmp_path: Path
+) -> None:
+    attacked = attacks.attack(
+        trained.model, trained.twin, trained.test.first(20), epsilons=(8 / 255,), steps=1,
+        check=False, confidence=0.8,
+    )  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(attacked | {"warnings": ["mind the twin"]}))
+    (tmp_path / "b.json").write_text(json.dumps(found | {"confidence": 0.8}))
+    page = report([tmp_path / "a.json", tmp_path / "b.json"], tmp_path / "p.html").read_text()
+    n = attacked["clean"]["deployed"]["n_correct"]
+    interval = metrics.wilson(n, 20, 0.8)
+    assert f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}] ({n}/20)" in page
+    assert page.count("80 % intervals") == 2 and "mind the twin" in page
+    assert found["confidence"] == 0.95
 
 
 def test_bfa_does_more_harm_than_as_many_random_flips(found: dict[str, Any]) -> None:

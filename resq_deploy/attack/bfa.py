@@ -295,6 +295,7 @@ def bfa(
         "batch": batch,
         "max_flips": flips,
         "seed": seed,
+        "confidence": confidence,
         "clean": {"n_correct": clean, "n_total": n},
         "chance": level,
         "limit": level + MARGIN,

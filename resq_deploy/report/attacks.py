@@ -25,9 +25,13 @@ class Result:
     """By heading."""
 
 
-def _share(count: dict[str, int], confidence: float = 0.95) -> str:
+def _share(count: dict[str, int], confidence: float) -> str:
     found = metrics.wilson(count["n_correct"], count["n_total"], confidence)
     return f"{table.percent(vars(found))} ({count['n_correct']}/{count['n_total']})"
+
+
+def _level(confidence: float) -> str:
+    return f"{100 * confidence:g} % intervals."
 
 
 def _mean(row: dict[str, Any]) -> str:
@@ -35,18 +39,19 @@ def _mean(row: dict[str, Any]) -> str:
 
 
 def _attack(name: str, found: dict[str, Any]) -> Result:
-    clean = found["clean"]
+    clean, confidence = found["clean"], found["inputs"]["confidence"]
     groups = [(a["label"], a["epsilons"]) for a in found["attacks"].values()]
     groups.append(("worst of each image", found["worst"]))
     tables: dict[str, Records] = {
         "Attacks": [
-            {"attack": "none", "epsilon": "0", "exported file, %": _share(clean["deployed"]),
-             "twin, %": _share(clean["twin"])},
+            {"attack": "none", "epsilon": "0",
+             "exported file, %": _share(clean["deployed"], confidence),
+             "twin, %": _share(clean["twin"], confidence)},
             *({
                 "attack": label,
                 "epsilon": table.epsilon_label(row["epsilon"]),
-                "exported file, %": _share(row["deployed"]),
-                "twin, %": _share(row["twin"]) if "twin" in row else None,
+                "exported file, %": _share(row["deployed"], confidence),
+                "twin, %": _share(row["twin"], confidence) if "twin" in row else None,
             } for label, rows in groups for row in rows),
         ],
         "Signs of masked gradients": [
@@ -75,13 +80,13 @@ def _attack(name: str, found: dict[str, Any]) -> Result:
     }  # fmt: skip
     line = (
         f"Attacks on the input, {found['n_total']} images. Model {found['model_sha256'][:12]}, "
-        f"twin {found['twin_sha256'][:12]}."
+        f"twin {found['twin_sha256'][:12]}. {_level(confidence)}"
     )
-    return Result(name=name, lines=[line], tables=tables)
+    return Result(name=name, lines=[line, *found["warnings"]], tables=tables)
 
 
 def _bits(name: str, found: dict[str, Any]) -> Result:
-    n, reached = found["n_images"], found["flips_to_chance"]
+    n, reached, confidence = found["n_images"], found["flips_to_chance"], found["confidence"]
     flips = (
         f"{reached['mean']:.1f} [{reached['low']:.1f}, {reached['high']:.1f}]"
         if "mean" in reached
@@ -89,8 +94,8 @@ def _bits(name: str, found: dict[str, Any]) -> Result:
     )
     lines = [
         f"Adversarial bits: progressive bit search with {found['batch']} images, measured on {n} "
-        f"others. Model {found['model_sha256'][:12]}.",
-        f"Without flips {_share(found['clean'])} %; chance is at most "
+        f"others. Model {found['model_sha256'][:12]}. {_level(confidence)}",
+        f"Without flips {_share(found['clean'], confidence)} %; chance is at most "
         f"{100 * found['limit']:.1f} %. Flips to chance: {flips}, reached in "
         f"{reached['n_reached']} of {reached['n_searches']} searches.",
     ]
@@ -103,7 +108,7 @@ def _bits(name: str, found: dict[str, Any]) -> Result:
             "flips": len(made["flips"]),
             "to chance": made["flips_to_chance"],
             "exported file, %": _share({"n_correct": (made["flips"] or [found["clean"]])[-1]
-                                        ["n_correct"], "n_total": n}),
+                                        ["n_correct"], "n_total": n}, confidence),
             "first flips": ", ".join(f"{row['tensor']}[{row['offset']}] bit {row['bit']}"
                                      for row in made["flips"][:3]),
         }
