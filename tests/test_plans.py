@@ -308,6 +308,21 @@ def test_every_rate_of_a_sweep_ends_by_itself() -> None:
     assert again == plan
 
 
+def test_accuracies_that_are_all_equal_do_not_end_a_sweep_at_once() -> None:
+    """A pattern in fifty is fatal: the first twenty often say nothing about it."""
+    plan, rng, covered = sweep(width=0.05), np.random.default_rng(4), 0
+    for _ in range(200):
+        values = np.repeat(np.where(rng.random((1, 1000)) < 0.02, 0.1, 0.9), 2, axis=0)
+        group = run_sweep(plan, values)[0]
+        interval = sequential.mean_accuracy(group, 0.95)
+        covered += interval.low <= 0.02 * 0.1 + 0.98 * 0.9 <= interval.high
+    assert stats.binomtest(covered, 200, 0.95, alternative="less").pvalue > 1e-3
+    equal = [trial(i, accuracy=0.75) for i in range(40)]
+    interval = sequential.mean_accuracy(equal, 0.95)
+    p = 1 - (0.005 / 2) ** (1 / 40)  # none of 40, two-sided, at the confidence of one look of ten
+    assert (interval.low, interval.high) == pytest.approx((0.75 * (1 - p), 0.75 + 0.25 * p))
+
+
 def test_early_stops_do_not_bias_accuracies_either() -> None:
     """Skewed accuracies, as under high rates: most patterns harmless, some fatal."""
     plan, rng, covered, ends = sweep(width=0.06), np.random.default_rng(3), 0, set()

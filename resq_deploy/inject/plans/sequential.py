@@ -56,12 +56,22 @@ def sdc_rate(trials: Sequence[Trial], confidence: float) -> Interval:
 
 
 def mean_accuracy(trials: Sequence[Trial], confidence: float) -> Interval:
-    """Mean accuracy over patterns at one look: Student's t."""
+    """Mean accuracy over patterns at one look: Student's t.
+
+    Accuracies that are all equal have no spread to judge by. Then the share p of patterns with
+    another accuracy, whatever it is in [0, 1], is bounded (Clopper-Pearson for none of n), and by
+    it the mean.
+    """
     values = np.array([trial.n_correct / trial.n_total for trial in trials])
-    found = metrics.t_mean(values, corrected(confidence))
-    return Interval(
-        value=found.value, low=found.low, high=found.high, confidence=confidence, n=found.n
-    )
+    level = corrected(confidence)
+    if np.ptp(values) > 0:
+        found = metrics.t_mean(values, level)
+        value, low, high = found.value, found.low, found.high
+    else:
+        value = float(values[0])
+        p = metrics.rate(0, values.size, level, method="exact").high
+        low, high = value * (1 - p), value + (1 - value) * p
+    return Interval(value=value, low=low, high=high, confidence=confidence, n=values.size)
 
 
 def _width(interval: Interval) -> float:
