@@ -8,12 +8,13 @@ import os
 import pickle
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, CancelledError, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from resq_deploy import runtime
 from resq_deploy.errors import InputError, MissingExtra, ResqError
@@ -23,14 +24,23 @@ from resq_deploy.inject.observe import Observed, Struck
 from resq_deploy.inject.shared import Shared
 
 AHEAD = 4
-"""Trials queued for each worker: enough to keep it busy, few enough to end soon."""
+"""Tasks queued for each worker: enough to keep it busy, few enough to end soon."""
+
+TASK_S = 0.05
+"""Seconds that a task of several trials is to take: handing it over costs half a millisecond."""
 
 CONNECT_S = 10
 """Seconds to wait for a Dask scheduler."""
 
 Result = tuple[int, Struck, Observed]
-
 Results = Iterator[list[Result]]
+
+
+class Done(NamedTuple):
+    """What a worker gives back for a task."""
+
+    results: list[Result]
+    seconds: float
 
 
 class Serial:
@@ -63,8 +73,11 @@ class _Remote:
     def __init__(self, executor: Executor, workers: int) -> None:
         self._pool: Any = executor
         self._workers = workers
+        self._size = 1
+        """Trials of a task."""
 
-    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def _task(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What a worker calls with trial numbers and further arguments; it returns a Done."""
         raise NotImplementedError
 
     def _died(self) -> ResqError:
@@ -73,14 +86,16 @@ class _Remote:
     def observe(self, numbers: Sequence[int]) -> Results:
         """Batches as they finish; when interrupted, those in flight still come out."""
         todo = iter(numbers)
-        running: set[Future[Result]] = set()
+        running: set[Future[Done]] = set()
         interrupted: KeyboardInterrupt | None = None
         while True:
             try:
                 with _interrupts_held():
-                    for number in islice(todo, self._workers * AHEAD - len(running)):
-                        work, arguments = self._task(number)
-                        running.add(self._pool.submit(work, number, *arguments))
+                    while len(running) < self._workers * AHEAD:
+                        if not (some := list(islice(todo, self._size))):
+                            break
+                        work, arguments = self._task()
+                        running.add(self._pool.submit(work, some, *arguments))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
             except KeyboardInterrupt as error:
                 interrupted, todo, done = error, iter(()), set()
@@ -89,9 +104,12 @@ class _Remote:
                 raise self._died() from None
             if done:
                 try:
-                    yield [future.result() for future in done]
+                    found = [future.result() for future in done]
                 except self.deaths:
                     raise self._died() from None
+                each = max(task.seconds / len(task.results) for task in found)
+                self._size = max(1, min(2 * self._size, int(TASK_S / each)))
+                yield [result for task in found for result in task.results]
             elif not running:
                 break
         if interrupted:
@@ -165,7 +183,7 @@ class Processes(_Remote):
                 held.close()
         self._shared = self._golden = None
 
-    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def _task(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _work, (self._chunk, None if self._golden is None else self._golden.path)
 
     def close(self) -> None:
@@ -213,7 +231,7 @@ class Cluster(_Remote):
         """Workers make the golden run of a chunk with their first trial of it."""
         self._chunk = chunk
 
-    def _task(self, number: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    def _task(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _work_alone, (self._chunk, self._key, self._job, self._facts)
 
     def close(self) -> None:
@@ -244,14 +262,16 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def _work(number: int, chunk: Chunk, golden: str | None) -> Result:
+def _work(numbers: Sequence[int], chunk: Chunk, golden: str | None) -> Done:
     assert _evaluator is not None
     if _evaluator.chunk != chunk:
         _evaluator.enter(chunk, None if golden is None else _posted(golden).open())
-    return number, *_evaluator.observe(number)
+    return _done(_evaluator, numbers)
 
 
-def _work_alone(number: int, chunk: Chunk, key: str, job: Job, facts: dict[str, Any]) -> Result:
+def _work_alone(
+    numbers: Sequence[int], chunk: Chunk, key: str, job: Job, facts: dict[str, Any]
+) -> Done:
     global _evaluator, _key
     if key != _key:
         mine = _facts()
@@ -265,7 +285,13 @@ def _work_alone(number: int, chunk: Chunk, key: str, job: Job, facts: dict[str, 
     assert _evaluator is not None
     if _evaluator.chunk != chunk:
         _evaluator.enter(chunk)
-    return number, *_evaluator.observe(number)
+    return _done(_evaluator, numbers)
+
+
+def _done(evaluator: Evaluator, numbers: Sequence[int]) -> Done:
+    start = time.monotonic()
+    results = [(number, *evaluator.observe(number)) for number in numbers]
+    return Done(results, time.monotonic() - start)
 
 
 @contextmanager
