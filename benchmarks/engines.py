@@ -9,10 +9,10 @@ process with one thread, taking turns: single flips drawn layer by layer, as man
 before them (the fast engine learns which of its ways is the faster), and averages in which a layer
 weighs as much as its share of the bits. Intervals: bootstrap within layers. Times are processor
 time of that thread (where the machine does other things too, waiting for it does not count, a
-shared cache does), those of campaigns by workers are wall clock. Networks with
-models/cifar10-NET.float.safetensors have those weights ("trained"), the others fresh ones with
-batch statistics of CIFAR-10 ("fresh"); all are quantized by calibration alone. PyTorchFI is
-compared with where it is installed (`pip install --no-deps pytorchfi==0.6.0`).
+shared cache does). Networks with models/cifar10-NET.float.safetensors have those weights
+("trained"), the others fresh ones with batch statistics of CIFAR-10 ("fresh"); all are quantized by
+calibration alone. PyTorchFI is compared with where it is installed (`pip install --no-deps
+pytorchfi==0.6.0`).
 
     resq-deploy train models/cifar10-resnet18-brief.toml --stage float --out DIR
     python benchmarks/engines.py --weights resnet18=DIR/checkpoint.safetensors ...
@@ -42,12 +42,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from pages import put
 from tabulate import tabulate
 
 from resq_deploy import data, metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.export.qdq import qdq
-from resq_deploy.inject import faults, inject, kernels, space
+from resq_deploy.inject import faults, kernels, space
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.network import Network
@@ -61,8 +62,6 @@ NETS = (
 )  # fmt: skip
 WANTED = {"resnet18": 20, "resnet20": 8, "resnet8": 8, "vgg16": 10, "efficientnet_b0": 4,
           "swin_tiny": 4}  # fmt: skip
-CAMPAIGN = 4000
-"""Faults of a campaign by workers."""
 GOLDEN_BYTES = 6 * 2**30
 """Most that kept values and sums of a network may take."""
 KINDS = {
@@ -262,7 +261,9 @@ changed. *Masked* is the share of faults that change no output of any image.
 What limits the ratio is what early layers cost. They hold few of the bits, but a flip there changes
 nearly every image and, after two or three layers, most codes of it: from there on nothing can be
 saved, and the rest of the network runs in one, which is most of the time that is left ("the rest in
-one" below). In wide networks most of the weights sit late.
+one" below). In wide networks most of the weights sit late. Trained weights mask far more than
+fresh ones, as the two rows of ResNet-18 show (2 epochs; a fault then changes fewer images, and
+fewer codes of them): the rows of fresh networks are what the engine does at worst.
 
 What helped, in the order in which it was tried: lists of changed codes instead of whole rows,
 vector code for additions, int8 weights in the kernels, pooling channel by channel, skipping
@@ -477,37 +478,14 @@ def peak_memory(sub: Subject, root: Path | None, budget: str) -> list[list[Any]]
     return rows
 
 
-def workers(sub: Subject, images: Dataset, trials: int) -> list[list[Any]]:
-    """Faults per second (wall clock) of campaigns with one worker process and with two.
-
-    Starting the workers, some seconds, is in it.
-    """
-    rows: list[list[Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.onnx"
-        model.write_bytes(sub.model)
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        for turn in range(3):
-            for n in rates:
-                out = Path(folder) / f"{turn}-{n}.store"
-                found = inject(model, images, out=out, trials=trials, workers=n)
-                rates[n].append(found["n_trials"] / found["seconds"])
-        one = np.median(rates[1])
-        for n, found_rates in rates.items():
-            rate = np.median(found_rates)
-            rows.append([sub.name, len(images), trials, n, f"{rate:.1f}", f"{rate / one:.2f}"])
-    return rows
-
-
-def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
-    """All tables as Markdown."""
+def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]], options: str) -> str:
+    """All tables as Markdown; `options` are those that they were made with."""
     cpu, versions = runtime.cpu_features(), runtime.versions()
     where = ", ".join(f"{k} {v}" for k, v in versions.items())
     lines = [
-        "# The fast engine, measured",
-        "",
-        "Written by `python benchmarks/engines.py --write docs/engine.md`. One thread of "
-        f"{cpu['name']} ({', '.join(cpu['vnni']) or 'no VNNI'}; {os.cpu_count()} cores); {where}.",
+        f"Written by `python benchmarks/engines.py {options} --write docs/engine.md`. "
+        f"One thread of {cpu['name']} ({', '.join(cpu['vnni']) or 'no VNNI'}; {os.cpu_count()} "
+        f"cores); {where}.",
         "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "),
         "",
@@ -516,7 +494,7 @@ def page(tables: dict[str, tuple[tuple[str, ...], list[list[Any]]]]) -> str:
     for title, (head, rows) in tables.items():
         lines += ["", f"## {title}", "", tabulate(rows, head, tablefmt="github",
                                                    disable_numparse=True)]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 @click.command()
@@ -553,12 +531,13 @@ def main(
         "Against fault simulation in PyTorch": (
             ("network", "with", "faults", "ms / fault", "times fast"), [],
         ),
-        "By workers": (
-            ("network", "images", "faults", "workers", "faults / s, median of 3", "times one"), [],
-        ),
         "Peak memory": (("network", "images", "--memory", "peak, MiB"), []),
     }  # fmt: skip
     add = {title: rows.extend for title, (_, rows) in tables.items()}
+    options = (
+        f"--images {images} --trials {trials} --reloads {reloads} --torch-trials {torch_trials}"
+    )
+    options += "".join(f" --weights {entry.split('=')[0]}=FILE" for entry in weights)
     given = [(name, Path(path)) for name, path in (entry.split("=", 1) for entry in weights)]
     for name, path in [*((name, None) for name in nets or NETS), *given]:
         sub = subject(name, splits.train or splits.test, path)
@@ -574,12 +553,11 @@ def main(
         if name in ("resnet8", "resnet18") and path is None:
             add["By images and faults"](growth(bench, max(20, trials // 4)))
         if name == "resnet8":
-            add["By workers"](workers(sub, test.first(min(500, len(test))), CAMPAIGN))
             add["Peak memory"](peak_memory(sub, root, budget))
         del bench
-        text = page({k: v for k, v in tables.items() if v[1]})
+        text = page({k: v for k, v in tables.items() if v[1]}, options)
         if write is not None:
-            write.write_text(text, encoding="utf-8")
+            put(write, "engines", text)
     click.echo(text)
     click.echo(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB")
 

@@ -77,7 +77,17 @@ def test_equal_values_are_normalised_to_the_shift() -> None:
 
 
 def test_training_takes_the_usual_kernels() -> None:
-    for name in ("norm", "softmax"):
+    for name in ISLANDS:
         with torch.no_grad():
             assert torch.equal(ISLANDS[name].train()(X), USUAL[name](X))
             ISLANDS[name].eval()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", sorted(ISLANDS))
+def test_half_precision(name: str, training: bool) -> None:
+    """What training runs on, and what a validation in its midst gets."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = ISLANDS[name].train(training)(X.bfloat16()).float()
+        ISLANDS[name].eval()
+    torch.testing.assert_close(found, USUAL[name](X), rtol=0.02, atol=0.02)

@@ -75,4 +75,5 @@ class GELU(nn.Module):
         self.input = quantizer
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.input(x).clamp(min=LOWEST))
+        x = self.input(x)
+        return F.gelu(x if self.training else x.float().clamp(min=LOWEST))
