@@ -48,7 +48,7 @@ from tabulate import tabulate
 from resq_deploy import data, metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.export.qdq import qdq
-from resq_deploy.inject import faults, kernels, space
+from resq_deploy.inject import discovery, faults, kernels
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.network import Network
@@ -132,7 +132,7 @@ class Bench:
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        found = space.discover(runtime.parse_model(self.subject.model))
+        found = discovery.discover(runtime.parse_model(self.subject.model))
         self.found, self.memory = found, Memory.of(found)
         start = time.thread_time()
         self.network = Network(found, self.images.x)

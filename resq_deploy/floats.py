@@ -25,7 +25,7 @@ from onnx import TensorProto, helper, numpy_helper
 from resq_deploy import artifacts, runtime, static
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject import space
+from resq_deploy.inject import discovery
 
 Real = NDArray[np.float64]
 
@@ -138,7 +138,7 @@ def store_as(model: onnx.ModelProto, storage: Storage) -> None:
     InputError for a model without float weights.
     """
     try:
-        read = {tensor.name for tensor in space.discover(model, ["float"]).space.tensors}
+        read = {tensor.name for tensor in discovery.discover(model, ["float"]).space.tensors}
     except UnsupportedModel as error:
         raise InputError(f"no float weights to store ({error}); a float32 model expected") from None
     weights = [tensor for tensor in model.graph.initializer if tensor.name in read]

@@ -24,12 +24,12 @@ import models
 from resq_deploy import runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject import campaign, graph, inject, space
+from resq_deploy.inject import campaign, discovery, graph, inject, space
+from resq_deploy.inject.discovery import Discovery, discover
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Change, Flips, Memory
 from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
-from resq_deploy.inject.space import Discovery, discover
 
 DATA = models.data()
 WITH = [name for name in models.ALL if name not in ("dynamic-matmul", "fused-matmul")]
@@ -474,7 +474,7 @@ def test_a_graph_that_answers_otherwise_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_inspect_shows_them() -> None:
-    found = space.inspect(models.quantized("qoperator"), targets=["activation"])
+    found = discovery.inspect(models.quantized("qoperator"), targets=["activation"])
     assert {tensor["target"] for tensor in found["tensors"]} == {"activation"}
     assert found["n_bits"] == 8 * found["n_bytes"]
     assert found["n_tensors"] == len(engines("qoperator").found.space.tensors)

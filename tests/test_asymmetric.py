@@ -20,7 +20,7 @@ from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import Encoding
 from resq_deploy.errors import InputError
 from resq_deploy.export import export
-from resq_deploy.inject import memory, space
+from resq_deploy.inject import discovery, memory
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
@@ -89,7 +89,7 @@ def test_the_file_stores_these_codes_and_every_kernel_is_an_integer_one(exported
 def test_flips_in_the_twin_are_those_in_the_file(exported: Path, rate: float, seed: int) -> None:
     net, x = network(), living.images(16)
     masks = random_masks(net, rate, np.random.default_rng(seed))
-    found = space.discover(runtime.parse_model(exported.read_bytes()))
+    found = discovery.discover(runtime.parse_model(exported.read_bytes()))
     change = {}
     for name, mask in masks.items():
         layer = weight_layers(net)[name]
@@ -108,7 +108,7 @@ def test_flips_in_the_twin_are_those_in_the_file(exported: Path, rate: float, se
 
 
 def test_both_engines_agree(exported: Path) -> None:
-    found = space.discover(runtime.parse_model(exported.read_bytes()))
+    found = discovery.discover(runtime.parse_model(exported.read_bytes()))
     x = living.images(8)
     slow, whole = Reload(found.model, found.space, x), Network(found, x)
     fast = Fast(whole, whole.keep(x), x)

@@ -18,10 +18,10 @@ from resq_deploy import metrics, progress, runtime, store
 from resq_deploy.data import Dataset
 from resq_deploy.errors import HeaderMismatch, InputError
 from resq_deploy.inject import campaign, compare, inject, results, rows, write_csv, write_sites
+from resq_deploy.inject.discovery import discover
 from resq_deploy.inject.evaluator import Evaluator
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
-from resq_deploy.inject.space import discover
 from resq_deploy.records import Site
 
 DATA = models.data(12)

@@ -22,7 +22,7 @@ from resq_deploy import bits, data, encoding, recipe, runtime
 from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
 from resq_deploy.export import QDQ, c_decoder, checks, decoders, export
-from resq_deploy.inject import memory, space
+from resq_deploy.inject import discovery, memory
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
@@ -341,8 +341,8 @@ def test_onnxruntime_folds_the_decoder_and_runs_the_same_kernels(name: str) -> N
 def test_campaigns_strike_what_is_stored_and_both_engines_read_it(name: str) -> None:
     """The oracle: the plain file with what Python reads of the flipped bytes."""
     kind, (plain, encoded) = encoding.parse(name), encoded_file(name)
-    found = space.discover(runtime.parse_model(encoded))
-    reference = space.discover(runtime.parse_model(plain))
+    found = discovery.discover(runtime.parse_model(encoded))
+    reference = discovery.discover(runtime.parse_model(plain))
     assert found.space == reference.space
     x = models.data().x
     network = Network(found, x)
@@ -460,7 +460,7 @@ def test_export_stores_the_encoded_codes_and_says_so(saved: Path, tmp_path: Path
         encoding="secded",
     )  # fmt: skip
     net, _ = checkpoint.load(saved, encoding="secded")
-    found = space.discover(runtime.parse_model(file.read_bytes()))
+    found = discovery.discover(runtime.parse_model(file.read_bytes()))
     stored = {t.name: numpy_helper.to_array(t) for t in found.model.graph.initializer}
     layers = weight_layers(net)
     assert [t.name for t in found.space.tensors] == [f"{name}.weight" for name in layers]

@@ -45,6 +45,7 @@ from resq_deploy.inject import (
     results,
     simd,
 )
+from resq_deploy.inject.discovery import Discovery, discover
 from resq_deploy.inject.evaluator import Chunk, Evaluator
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.graph import Cut, Unit, Value
@@ -54,7 +55,7 @@ from resq_deploy.inject.observers import Processes
 from resq_deploy.inject.protect import PROTECTIONS
 from resq_deploy.inject.reload import Reload
 from resq_deploy.inject.shared import Shared
-from resq_deploy.inject.space import TARGETS, Discovery, discover
+from resq_deploy.inject.space import TARGETS
 
 # A few examples each, always the same; those that failed elsewhere are not looked up.
 settings.register_profile(

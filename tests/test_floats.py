@@ -21,7 +21,7 @@ from resq_deploy.cli import main
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding.saf import TAUS
 from resq_deploy.errors import InputError
-from resq_deploy.inject import memory, space
+from resq_deploy.inject import discovery, memory
 from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 
@@ -42,7 +42,7 @@ class Stored:
         self.model = models.float_resnet()
         floats.store_as(self.model, floats.parse(name))
         self.target = "weight" if name.startswith("q") else "float"
-        self.found = space.discover(self.model, [self.target])
+        self.found = discovery.discover(self.model, [self.target])
         self.memory = memory.Memory.of(self.found)
         self.readers = {}
         for weight, op in WEIGHTS.items():

@@ -13,8 +13,9 @@ import models
 from resq_deploy import bits
 from resq_deploy.errors import InputError
 from resq_deploy.inject import memory
+from resq_deploy.inject.discovery import Discovery, discover
 from resq_deploy.inject.memory import Memory
-from resq_deploy.inject.space import Discovery, Space, Tensor, discover
+from resq_deploy.inject.space import Space, Tensor
 
 TYPES = {
     "int8": TensorProto.INT8,

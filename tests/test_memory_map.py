@@ -21,7 +21,7 @@ import models
 from resq_deploy import bits, memory_map, runtime, store
 from resq_deploy.cli import main
 from resq_deploy.errors import ExportError, InputError
-from resq_deploy.inject import inject, results, space, write_csv
+from resq_deploy.inject import discovery, inject, results, space, write_csv
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.plans import Image
 from resq_deploy.memory_map import ALIGNMENT, MemoryMap
@@ -76,7 +76,7 @@ def test_a_flip_at_the_address_is_the_flip_of_the_site(kind: str) -> None:
     """Every bit of the fault space: what Memory stores there is what weights.bin stores there."""
     raw = models.quantized(kind)
     found, image = mapped(raw)
-    stored = Memory.of(space.discover(runtime.parse_model(raw), found.targets))
+    stored = Memory.of(discovery.discover(runtime.parse_model(raw), found.targets))
     everything = np.arange(stored.n_bits)
     places = [found.place(site) for site in stored.space.sites(everything)]
     assert None not in places and len(set(places)) == stored.n_bits

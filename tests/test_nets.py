@@ -24,7 +24,7 @@ from resq_deploy.export import checks, output_step
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.export.tflite import Unsupported, tflite
-from resq_deploy.inject import inject, space
+from resq_deploy.inject import discovery, inject
 from resq_deploy.nets import NETS, build, checkpoint, names
 from resq_deploy.nets.quantized import (
     QuantAdd,
@@ -226,7 +226,7 @@ class TestNet:
     def test_a_campaign_can_hit_every_weight(
         self, name: str, int8: Callable[[str], nn.Module], file: Callable[[str], onnx.ModelProto]
     ) -> None:
-        stored = {t.name for t in space.discover(file(name)).space.tensors}
+        stored = {t.name for t in discovery.discover(file(name)).space.tensors}
         assert stored == {f"{n}.weight" for n in weight_layers(int8(name))}
 
 

@@ -19,7 +19,7 @@ from resq_deploy.errors import ExportError, InputError
 from resq_deploy.export import checks, export
 from resq_deploy.export.packed import pack
 from resq_deploy.export.qdq import qdq
-from resq_deploy.inject import inject, results, space
+from resq_deploy.inject import discovery, inject, results
 from resq_deploy.inject.memory import Memory
 from resq_deploy.nets import checkpoint
 
@@ -85,7 +85,7 @@ def test_the_memory_map_has_two_codes_a_byte(packed: onnx.ModelProto) -> None:
 
 def test_campaigns_hit_the_packed_bits(packed: onnx.ModelProto, tmp_path: Path) -> None:
     """4 bits a code, not 8; every flip makes another code, so not all are masked."""
-    found = space.discover(packed).space
+    found = discovery.discover(packed).space
     assert found.n_bits == 4 * sum(codes.size for codes in weights(packed).values())
     model = tmp_path / "m.onnx"
     model.write_bytes(packed.SerializeToString())
@@ -125,7 +125,7 @@ def test_attacks_know_the_twin_of_packed_weights_and_bit_search_refuses_them(
     packed: onnx.ModelProto,
 ) -> None:
     twin, raw = living.network("resnet8", 0.5, weight_bits=4), packed.SerializeToString()
-    memory = Memory.of(space.discover(runtime.parse_model(raw)))
+    memory = Memory.of(discovery.discover(runtime.parse_model(raw)))
     assert strange_weight(memory, twin) is None
     assert strange_weight(memory, living.network("resnet8", 0.5)) == "conv1.weight"
     images = Dataset(name="noise", x=np.zeros((2, 3, 32, 32), np.uint8), y=np.arange(2))

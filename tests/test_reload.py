@@ -13,9 +13,9 @@ import models
 from resq_deploy import metrics, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
+from resq_deploy.inject.discovery import discover
 from resq_deploy.inject.memory import Change, Memory
 from resq_deploy.inject.reload import Reload
-from resq_deploy.inject.space import discover
 from resq_deploy.records import Site
 
 # bits of different weight, in the first and in the last tensor

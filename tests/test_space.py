@@ -13,7 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import models
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject.space import Space, Tensor, discover, inspect
+from resq_deploy.inject.discovery import discover, inspect
+from resq_deploy.inject.space import Space, Tensor
 from resq_deploy.records import Site
 
 

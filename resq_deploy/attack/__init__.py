@@ -22,7 +22,7 @@ from resq_deploy.attack.matrix import matrix
 from resq_deploy.attack.twin import WANTED, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
-from resq_deploy.inject import space
+from resq_deploy.inject import discovery
 from resq_deploy.inject.memory import Memory
 from resq_deploy.nets import checkpoint
 
@@ -69,7 +69,7 @@ def _check(data: Dataset, epsilons: Sequence[float], rates: Sequence[float], dra
 def _warnings(raw: bytes, net: nn.Module, *, quantized: bool) -> list[str]:
     """That another network is attacked than the one that the file holds."""
     try:
-        memory = Memory.of(space.discover(runtime.parse_model(raw)))
+        memory = Memory.of(discovery.discover(runtime.parse_model(raw)))
     except UnsupportedModel:  # such as one of float weights: no codes to compare
         return []
     strange = strange_weight(memory, net) if quantized else memory.space.tensors[0].name

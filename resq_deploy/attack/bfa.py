@@ -29,7 +29,7 @@ from resq_deploy.attack.twin import WANTED, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import InPlaceSecded
 from resq_deploy.errors import InputError
-from resq_deploy.inject import inject, plans, space
+from resq_deploy.inject import discovery, inject, plans
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.metrics import top1
@@ -135,7 +135,7 @@ class _File:
     """The exported file with bits flipped, on some images."""
 
     def __init__(self, raw: bytes, net: nn.Module, images: Dataset) -> None:
-        found = space.discover(runtime.parse_model(raw))
+        found = discovery.discover(runtime.parse_model(raw))
         self._memory = Memory.of(found)
         self._engine = Reload(found.model, found.space, images.x)
         self._y = images.y

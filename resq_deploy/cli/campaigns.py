@@ -34,9 +34,9 @@ from resq_deploy.cli.output import emit_json, percent, table, warn
 def inspect(model: Path, targets: tuple[str, ...], json_file: Path | None) -> None:
     """Show the fault space of MODEL: its tensors, bytes and bits, and the kernels that run."""
     from resq_deploy import runtime
-    from resq_deploy.inject import space
+    from resq_deploy.inject import discovery
 
-    found = space.inspect(runtime.read_model(model), str(model), targets)
+    found = discovery.inspect(runtime.read_model(model), str(model), targets)
     columns = ("name", "target", "dtype", "shape", "op_type", "node", "n_bits", "absorbed")
     rows = [[tensor[column] for column in columns] for tensor in found["tensors"]]
     table(rows, columns)

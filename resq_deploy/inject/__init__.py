@@ -14,7 +14,7 @@ from resq_deploy import memory_map, metrics, progress, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
-from resq_deploy.inject import campaign, plans, space
+from resq_deploy.inject import campaign, discovery, plans, space
 from resq_deploy.inject.compare import compare
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.rows import write_csv, write_parquet, write_sites
@@ -70,7 +70,7 @@ def inject(
         mapped = memory_map.read(map_file, model_sha256=hashlib.sha256(raw).hexdigest())
     if image is not None:
         targets = _image_targets(mapped, targets, protection)
-    found = space.discover(runtime.parse_model(raw), targets)
+    found = discovery.discover(runtime.parse_model(raw), targets)
     stored = Memory.of(found, protection)
     plan = plans.make(
         stored.space,

@@ -15,7 +15,7 @@ from pathlib import Path
 from resq_deploy import metrics, progress, runtime
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
-from resq_deploy.inject import space
+from resq_deploy.inject import discovery, space
 from resq_deploy.inject.evaluator import Chunk, Evaluator, Job
 from resq_deploy.inject.observe import Observed, trial
 from resq_deploy.inject.observers import Cluster, Processes, Serial
@@ -222,7 +222,7 @@ def _collect(
             bar.update(len(trials))
 
 
-def _golden_repeats(job: Job, found: space.Discovery) -> bool:
+def _golden_repeats(job: Job, found: discovery.Discovery) -> bool:
     """Does the reload engine without faults give the golden run of some images again?"""
     few = job.x[: 2 * runtime.CHUNK]
     again = Reload(found.model, found.space, few).run({})

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from resq_deploy import runtime
 from resq_deploy.errors import Refused
-from resq_deploy.inject import space
+from resq_deploy.inject import discovery, space
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.network import Kept, Network
@@ -52,9 +52,9 @@ class Job:
     engine: str = "fast"
     """One of ENGINES."""
 
-    def memory(self) -> tuple[space.Discovery, Memory]:
+    def memory(self) -> tuple[discovery.Discovery, Memory]:
         """The model made ready for faults, and the memory that holds its tensors."""
-        found = space.discover(runtime.parse_model(self.model), self.targets)
+        found = discovery.discover(runtime.parse_model(self.model), self.targets)
         return found, Memory.of(found, self.protection)
 
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from resq_deploy import bits
 from resq_deploy.errors import InputError
 from resq_deploy.inject import protect
+from resq_deploy.inject.discovery import Discovery
 from resq_deploy.inject.protect import Protection
-from resq_deploy.inject.space import ACTIVATION, Discovery, Flat, Space, Tensor
+from resq_deploy.inject.space import ACTIVATION, Flat, Space, Tensor
 
 Change = dict[str, tuple[NDArray[np.int64], NDArray[Any]]]
 """By initializer: offsets (n,) of the elements that are read differently from what the file
@@ -64,7 +65,7 @@ class Memory:
 
     @classmethod
     def of(cls, found: Discovery, protection: str = "none") -> Memory:
-        """The memory of a model that `space.discover` has prepared.
+        """The memory of a model that `discovery.discover` has prepared.
 
         `protection` as on the command line; InputError when it does not exist or does not fit.
         """

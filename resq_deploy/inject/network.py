@@ -22,11 +22,12 @@ from resq_deploy.errors import InputError
 from resq_deploy.inject import activations, graph, kernels, layers, memory
 from resq_deploy.inject.changed import Bytes, Images
 from resq_deploy.inject.decoders import Reader
+from resq_deploy.inject.discovery import Discovery
 from resq_deploy.inject.graph import Cut, Runner, Unit
 from resq_deploy.inject.layers import Layer
 from resq_deploy.inject.memory import Change, Flips
 from resq_deploy.inject.reload import Reload
-from resq_deploy.inject.space import ACTIVATION, Discovery
+from resq_deploy.inject.space import ACTIVATION
 
 Array = NDArray[Any]
 
@@ -114,7 +115,7 @@ class Network:
     """A model prepared for fast faults: its units, layers and tables, but no images."""
 
     def __init__(self, found: Discovery, x: Array, *, precise: bool | None = None) -> None:
-        """`found` from `space.discover`; `x` images as the data set has them, some of which run."""
+        """`found` from `discovery.discover`; `x` images as the data set has them; some run."""
         self._found = found
         self._precise = precise
         self._model = found.model.SerializeToString()

@@ -24,7 +24,7 @@ class Reload:
     def __init__(
         self, model: onnx.ModelProto, space: Space, x: NDArray[Any], *, precise: bool | None = None
     ) -> None:
-        """`model` and `space` from `space.discover`; images `x` (N, ...) as a data set has them.
+        """`model` and `space` from `discovery.discover`; images `x` (N, ...) as the data set's.
 
         `precise` as in `runtime.session`.
         """
