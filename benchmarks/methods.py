@@ -221,10 +221,12 @@ def ber(of: Finished) -> dict[str, Any]:
     """Fault patterns at the rate RARE, as many and on as many images as at the others."""
     from resq_deploy.inject import inject
 
-    fault, path = of.row["fault"], of.folder / "rare.store"
+    fault = of.row["fault"]
+    draws = len(fault["rates"][0]["n_correct"])
+    path = of.folder / f"rare-{draws}.store"
     inject(
         of.model, of.test(fault["n_images"]), out=path, fault="ber", rates=(RARE,),
-        draws=len(fault["rates"][0]["n_correct"]), seed=of.made.seed, resume=path.exists(),
+        draws=draws, seed=of.made.seed, resume=path.exists(),
     )  # fmt: skip
     trials = store.read([path])[1]
     return {"rate": RARE, "n_correct": [trial.n_correct for trial in trials]}
