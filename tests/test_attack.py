@@ -281,13 +281,19 @@ def test_labels_beyond_the_outputs_are_refused(trained: Trained) -> None:
         bfa.bfa(trained.model, trained.twin, few, images=20, batch=20)
 
 
-def test_the_twin_of_another_file_is_named(trained: Trained, tmp_path: Path) -> None:
-    """Its gradients break less: the file would look better than it is."""
+def another(trained: Trained, folder: Path) -> Path:
+    """A checkpoint with one other weight than the twin."""
     net, facts = checkpoint.load(trained.twin)
     with torch.no_grad():
         weight_layers(net)["conv2"].weight[0, 0, 0, 0] += 1.0  # type: ignore[union-attr, operator, index]
-    other = tmp_path / "other.safetensors"
+    other = folder / "other.safetensors"
     checkpoint.save(other, net, inputs={}, quantized=True, net=facts["net"], stage="baseline")
+    return other
+
+
+def test_the_twin_of_another_file_is_named(trained: Trained, tmp_path: Path) -> None:
+    """Its gradients break less: the file would look better than it is."""
+    other = another(trained, tmp_path)
     few = trained.test.first(4)
     options: dict[str, Any] = {"epsilons": [0.1], "steps": 1, "check": False}
     assert attacks.attack(trained.model, trained.twin, few, **options)["warnings"] == []
@@ -590,11 +596,7 @@ def test_bfa_with_a_wrong_option_is_refused(
 
 
 def test_bfa_refuses_a_twin_of_another_file(trained: Trained, tmp_path: Path) -> None:
-    net, facts = checkpoint.load(trained.twin)
-    with torch.no_grad():
-        weight_layers(net)["conv2"].weight[0, 0, 0, 0] += 1.0  # type: ignore[union-attr, operator, index]
-    other = tmp_path / "other.safetensors"
-    checkpoint.save(other, net, inputs={}, quantized=True, net=facts["net"], stage="baseline")
+    other = another(trained, tmp_path)
     with pytest.raises(InputError, match=r"does not store the codes of conv2.weight in the twin"):
         bfa.bfa(trained.model, other, trained.test, images=50, batch=50)
 
