@@ -107,8 +107,8 @@ class _Remote:
                     found = [future.result() for future in done]
                 except self.deaths:
                     raise self._died() from None
-                each = max(task.seconds / len(task.results) for task in found)
-                self._size = max(1, min(2 * self._size, int(TASK_S / each)))
+                most = max(task.seconds / len(task.results) for task in found)
+                self._size = max(1, int(min(2 * self._size, TASK_S / max(most, 1e-9))))
                 yield [result for task in found for result in task.results]
             elif not running:
                 break
