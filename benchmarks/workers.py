@@ -59,10 +59,11 @@ def main(
                 span = f"{middle:.1f} [{min(seconds):.1f}, {max(seconds):.1f}]"
                 rows.append([n, workers, span, f"{n / middle:.0f}", f"{one / middle:.2f}"])
     table = tabulate(rows, HEAD, tablefmt="github", disable_numparse=True)
+    options = "".join(f" --faults {n}" for n in faults) + f" --images {images} --turns {turns}"
     text = (
         f"ResNet-8, {images} images, wall clock; median, least and most of {turns} campaigns; "
-        f"{runtime.cpu_features()['name']}, {os.cpu_count()} cores. `python benchmarks/workers.py "
-        f"--write docs/engine.md`\n\n{table}"
+        f"{runtime.cpu_features()['name']}, {os.cpu_count()} cores. "
+        f"`python benchmarks/workers.py{options} --write docs/engine.md`\n\n{table}"
     )
     click.echo(text)
     if write is not None:
