@@ -7,7 +7,8 @@ plain values, default quantizers, weights per channel) in Brevitas' own QCDQ exp
 network quantized by `onnxruntime.quantization` (`resq-deploy quantize`: QDQ, per channel, batch
 norm folded), and the float network itself. Fresh weights and images of noise: neither moves the
 time. One image a run, one thread, its processor time, so that what else the machine does counts
-as little as it can; the files take turns, in an order drawn anew in each round. Ratios are paired
+as little as it can. The files take turns, in an order drawn anew in each round, each time in a new
+session: where a session's memory happens to lie moves its time by percents. Ratios are paired
 within a round; intervals are BCa bootstrap over rounds, 95 %.
 """
 
@@ -27,6 +28,7 @@ from tempfile import TemporaryDirectory
 import brevitas.nn as qnn
 import click
 import numpy as np
+import onnxruntime as ort
 import torch
 from brevitas.export import export_onnx_qcdq
 from brevitas.quant import Int8WeightPerChannelFloat
@@ -40,7 +42,9 @@ from resq_deploy.export.qdq import qdq
 from resq_deploy.nets import build
 from resq_deploy.nets.quantized import calibrate, quantize
 
-NETS = ("resnet8", "resnet20", "resnet18")
+NETS = (
+    "resnet8", "resnet20", "resnet18", "vgg16", "mobilenetv2", "efficientnet_b0", "swin_tiny",
+)  # fmt: skip
 SHAPE = (3, 32, 32)
 OURS, PLAIN, STATIC, FLOAT = "exported", "(a) Brevitas QCDQ", "(b) quantize_static", "float"
 
@@ -104,21 +108,27 @@ def files(name: str, images: Dataset) -> dict[str, bytes]:
     return found
 
 
+def session(model: bytes) -> ort.InferenceSession:
+    """As a user builds it: onnxruntime's own options, one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
 def measure(models: dict[str, bytes], rounds: int, runs: int) -> dict[str, np.ndarray]:
     """Seconds per image of each file, by round."""
     rng = np.random.default_rng(0)
     image = rng.random((1, *SHAPE), np.float32)
-    sessions = {name: runtime.session(raw) for name, raw in models.items()}
-    feeds = {name: {s.get_inputs()[0].name: image} for name, s in sessions.items()}
-    for name, session in sessions.items():
-        session.run(None, feeds[name])  # memory is faulted in
     times = {name: np.zeros(rounds) for name in models}
     for i in range(rounds):
         for name in rng.permutation(list(models)):
-            session, feed = sessions[name], feeds[name]
+            built = session(models[name])
+            feed = {built.get_inputs()[0].name: image}
+            for _ in range(2):
+                built.run(None, feed)  # memory is faulted in
             start = time.thread_time()
             for _ in range(runs):
-                session.run(None, feed)
+                built.run(None, feed)
             times[name][i] = (time.thread_time() - start) / runs
     return times
 

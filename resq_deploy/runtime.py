@@ -164,6 +164,9 @@ def build(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.graph_optimization_level = LEVELS[level]
+    # Planning which buffers to use again takes time that grows with the square of the operators
+    # (three quarters of building a Swin-Tiny); the arena uses them again anyway.
+    options.enable_mem_reuse = False
     if saturates() if precise is None else precise:
         options.add_session_config_entry("session.x64quantprecision", "1")
     if optimized_to is not None:

@@ -76,6 +76,25 @@ def test_equal_values_are_normalised_to_the_shift() -> None:
         assert torch.equal(norm(torch.full((1, 96), 127 * STEP)), norm.bias[None])
 
 
+@pytest.mark.parametrize("step", [2.0**k for k in range(-6, 7)])
+def test_variance_that_rounds_below_zero(step: float) -> None:
+    """All codes at one end of the range but few: as a difference of two sums -1e-3 steps squared,
+    where n is that of Swin-Tiny's widest norm."""
+    n = 1536
+    rows = 127.0 - torch.arange(n).lt(torch.tensor([[n - 1], [n - 2], [1], [2]])).float()
+    with torch.no_grad():
+        found = islands.LayerNorm(n, elementwise_affine=False).eval()(rows * step)
+    assert found.isfinite().all()
+
+
+def test_rows_in_more_dimensions() -> None:
+    """Values that are no matrix are read by another operator."""
+    for name in ISLANDS:
+        with torch.no_grad():
+            same = ISLANDS[name].eval()(X.view(8, 64, 96))
+            assert torch.equal(same.view(512, 96), ISLANDS[name](X))
+
+
 def test_training_takes_the_usual_kernels() -> None:
     for name in ISLANDS:
         with torch.no_grad():

@@ -147,6 +147,25 @@ class TestTraced:
         assert error < 0.05
 
 
+def test_float_islands_convert_their_codes_once() -> None:
+    """GELU runs as one operator, the norm squares by multiplying; neither asks for codes twice."""
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(256, 32), nn.GELU(), nn.Linear(32, 32), nn.LayerNorm(32),
+        nn.Linear(32, 10),
+    ).eval()  # fmt: skip
+    _, traced = trace(net, SHAPE)
+    int8 = quantize(traced)
+    calibrate(int8, X)
+    kernels = checks.integer_kernels(
+        qdq(int8.eval(), SHAPE, opset=19, ir_version=10).SerializeToString()
+    )
+    assert kernels["QGemm"] == 3
+    assert kernels["DequantizeLinear"] == 3  # for GELU, the norm and the logits
+    assert kernels["Gelu"] == 1
+    assert kernels["Mul"] == 3  # squares of values and mean, gain
+    assert "Pow" not in kernels
+
+
 @pytest.mark.parametrize(
     ("name", "convolutions", "linear"),
     [

@@ -33,7 +33,7 @@ MOVING = {
 FLOAT = {"Gelu", "Sigmoid", "GlobalAveragePool", "ReduceMean"}
 """Operators that are allowed to compute in float."""
 ISLANDS = {
-    "Sqrt": Counter(Pow=2, Sub=2, Add=2, Sqrt=1, Div=1, Mul=1),
+    "Sqrt": Counter(Mul=3, Sub=2, Sqrt=1, Div=1, Add=1),
     "Exp": Counter(ReduceMax=1, Sub=1, Exp=1, Mul=1, Round=1, ReduceSum=1, Div=1),
 }
 """The operators that one LayerNorm, and one softmax, of `nets.islands` is made of (not those of
