@@ -19,7 +19,7 @@ import torch
 from onnx import load_model, numpy_helper
 from tabulate import tabulate
 
-from resq_deploy import artifacts, data, floats, metrics, progress, recipe, runtime, static
+from resq_deploy import artifacts, bounds, data, floats, metrics, progress, recipe, runtime, static
 from resq_deploy.data.base import Dataset
 from resq_deploy.export.graph import BATCH_AXIS, INPUT, OUTPUT, quiet
 from resq_deploy.inject import inject
@@ -32,7 +32,7 @@ RATES = (1e-6, 1e-5, 1e-4, 1e-3)
 ROWS = (
     *((f"float32{how}", None) for how in ("", *(f":{tau}" for tau in floats.TAUS))),
     ("float32:scaled", None),
-    *(("float32", how) for how in floats.BOUNDS),
+    *(("float32", how) for how in bounds.BOUNDS),
     ("float16", None),
     ("float16:tanh", None),
     ("float16:scaled", None),

@@ -5,8 +5,8 @@ through a saturated activation function (Fuengfusin and Tamukoh, arXiv 2411.1902
 stores v and computes with w = bound tau(v) cannot read more than the bound of a tensor, whatever
 is flipped short of a NaN, and v = tau^-1(w / bound) keeps the network as it is (the paper also
 trains with tau in place). Or they are multiplied before they are stored and divided when they are
-read (weight scaling, the same authors, arXiv 2411.18993). Activations may be clipped behind every
-ReLU.
+read (weight scaling, the same authors, arXiv 2411.18993). Activations may be bounded behind every
+ReLU (`bounds`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from resq_deploy import artifacts, runtime, static
+from resq_deploy import artifacts, bounds, runtime, static
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import discovery
@@ -53,7 +53,6 @@ TAUS = {
 """The functions of `encoding.saf`; the factor in front of the last is part of the tensor's own."""
 
 READINGS = ("plain", "scaled", *TAUS)
-BOUNDS = ("ranger", "zero", "neuron")
 FORMAT = re.compile(r"float32|float16|q(?P<m>[0-7])\.(?P<n>[0-7])")
 
 ROOM = 1.02
@@ -166,61 +165,6 @@ def store_as(model: onnx.ModelProto, storage: Storage) -> None:
     onnx.checker.check_model(model)
 
 
-def _ranges(model: onnx.ModelProto, names: list[str], images: Dataset) -> dict[str, NDArray[Any]]:
-    """The greatest value of each of these values (N, ...) over the images, without the batch."""
-    probed = onnx.ModelProto()
-    probed.CopyFrom(model)
-    probed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = runtime.session(probed.SerializeToString(), threads=0)
-    x, feed = runtime.adapt(images.x, session), session.get_inputs()[0].name
-    found: dict[str, NDArray[Any]] = {}
-    for start in range(0, len(x), runtime.CHUNK):
-        values = session.run(names, {feed: x[start : start + runtime.CHUNK]})
-        for name, value in zip(names, values, strict=True):
-            peak = np.asarray(value).max(axis=0)
-            found[name] = np.maximum(found.get(name, peak), peak)
-    return found
-
-
-def bound(model: onnx.ModelProto, how: str, images: Dataset) -> None:
-    """Bound what comes out of every ReLU, in place, by the greatest values on `images`.
-
-    `ranger`: clipped to the greatest value of the layer (arXiv 2003.13874). `zero`: what exceeds
-    it becomes 0 (FT-ClipAct, arXiv 1912.00941; its search for smaller bounds is left out).
-    `neuron`: each output clipped to its own greatest value (FitAct's bounds, arXiv 2112.13544,
-    there learned). InputError for another `how` and for a model without ReLUs.
-    """
-    if how not in BOUNDS:
-        raise InputError(f"bound {how!r} is unknown; expected one of {', '.join(BOUNDS)}")
-    names = [node.output[0] for node in model.graph.node if node.op_type == "Relu"]
-    if not names:
-        raise InputError("the model has no Relu whose output could be bounded")
-    ordered: list[onnx.NodeProto] = []
-    ranges = _ranges(model, names, images)
-    for node in model.graph.node:
-        ordered.append(node)
-        if node.op_type != "Relu":
-            continue
-        name, limit = node.output[0], f"{node.output[0]}.bound"
-        peak = ranges[name] if how == "neuron" else ranges[name].max()
-        constants = {limit: np.asarray(peak, np.float32)}
-        node.output[0] = f"{name}.free"
-        if how == "zero":
-            constants[f"{limit}.zero"] = np.zeros((), np.float32)
-            inside = f"{limit}.inside"
-            ordered += [
-                helper.make_node("LessOrEqual", [node.output[0], limit], [inside]),
-                helper.make_node("Where", [inside, node.output[0], f"{limit}.zero"], [name]),
-            ]
-        else:
-            ordered.append(helper.make_node("Min", [node.output[0], limit], [name]))
-        for key, value in constants.items():
-            model.graph.initializer.append(numpy_helper.from_array(value, key))
-    del model.graph.node[:]
-    model.graph.node.extend(ordered)
-    onnx.checker.check_model(model)
-
-
 def store(
     source: Path, *, out: Path, storage: str, how: str | None = None, images: Dataset | None = None
 ) -> dict[str, Any]:
@@ -231,12 +175,16 @@ def store(
     InputError when SOURCE is not a float classifier, and for unknown names.
     """
     made = parse(storage)
+    target = "float" if made.fraction_bits is None else "weight"
     model = static.read(source)
-    if how is not None:
-        if images is None:
-            raise InputError("bounds of activations need images; none given")
-        bound(model, how, images)
+    if how is not None and images is None:
+        raise InputError("bounds of activations need images; none given")
+    if how is not None and images is not None:
+        bounds.bound(model, how, images)
     store_as(model, made)
+    searched = None
+    if how == "searched" and images is not None:
+        searched = bounds.search(model, images, target)
     raw = model.SerializeToString(deterministic=True)
     artifacts.write(out, lambda path: path.write_bytes(raw))
     return artifacts.seal(
@@ -247,6 +195,7 @@ def store(
             "bound": how,
             "calibration_sha256": None if images is None else images.sha256,
         },
-        target="float" if made.fraction_bits is None else "weight",
+        target=target,
+        search=searched,
         kernels=runtime.kernels(raw),
     )

@@ -24,6 +24,7 @@ from resq_deploy.attack.bfa import Candidate
 from resq_deploy.cli import main
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError
+from resq_deploy.export import export
 from resq_deploy.export.qdq import qdq
 from resq_deploy.inject import inject
 from resq_deploy.nets import NETS, Net, build, checkpoint
@@ -90,7 +91,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         net = quantize(net.eval())
         calibrate(net, x[:100])
         twin = folder / "checkpoint.safetensors"
-        checkpoint.save(twin, net, inputs={}, quantized=True, net=arguments, stage="baseline")
+        checkpoint.save(
+            twin, net, inputs={}, quantized=True, net=arguments, stage="baseline",
+            recipe={"seed": 1},
+        )  # fmt: skip
         model = folder / "model.onnx"
         model.write_bytes(qdq(net, (1, 32, 32), opset=19, ir_version=10).SerializeToString())
         yield Trained(twin, model, data.load("digits").test.first(200))
@@ -304,6 +308,25 @@ def test_the_twin_of_another_file_is_named(trained: Trained, tmp_path: Path) -> 
         "--steps", 1, "--no-sanity",
     )  # fmt: skip
     assert "conv2.weight" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    "given", [{"encoding": "parity:nearest"}, {"profile": "po2-channel"}], ids=["encoding", "profile"]
+)
+def test_a_file_converted_by_export_has_a_twin_beside_its_manifest(
+    trained: Trained, tmp_path: Path, given: dict[str, str]
+) -> None:
+    model = export(trained.twin, out=tmp_path / "bundle", images=trained.test, **given)
+    few = trained.test.first(4)
+    options: dict[str, Any] = {"epsilons": [0.1], "steps": 1, "check": False}
+    found = attacks.attack(model, trained.twin, few, **options)
+    assert found["warnings"] == []
+    assert found["clean"]["twin"] == found["clean"]["deployed"]
+    bfa.bfa(model, trained.twin, trained.test, images=20, flips=1, n_seeds=1, batch=20)
+    elsewhere = tmp_path / "model.onnx"
+    elsewhere.write_bytes(model.read_bytes())
+    (warning,) = attacks.attack(elsewhere, trained.twin, few, **options)["warnings"]
+    assert "leave the file beside its manifest.json" in warning
 
 
 def test_images_of_another_type_are_refused(trained: Trained) -> None:

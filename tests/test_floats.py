@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import models
-from resq_deploy import bits, floats, runtime
+from resq_deploy import bits, bounds, floats, metrics, runtime
 from resq_deploy.cli import main
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding.saf import TAUS
@@ -198,12 +198,12 @@ def inner(model: onnx.ModelProto, names: list[str], x: NDArray[Any]) -> list[NDA
 
 
 @settings(max_examples=20)
-@given(st.sampled_from(floats.BOUNDS), st.integers(0, 999))
+@given(st.sampled_from(bounds.BOUNDS), st.integers(0, 999))
 def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_from(
     how: str, seed: int
 ) -> None:
     plain, bounded = models.float_resnet(), models.float_resnet()
-    floats.bound(bounded, how, data())
+    bounds.bound(bounded, how, data())
     relus, x = ["r1", "r2"], data().x
     for before, after in zip(inner(plain, relus, x), inner(bounded, relus, x), strict=True):
         np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-6)  # kernels differ
@@ -218,10 +218,39 @@ def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_fro
     free, kept = inner(bounded, ["r1.free", "r1"], x)
     assert (kept <= limits[0]).all()
     expected = (
-        np.where(free <= limits[0], free, 0) if how == "zero" else np.minimum(free, limits[0])
+        np.where(free <= limits[0], free, 0)
+        if how in ("zero", "searched")
+        else np.minimum(free, limits[0])
     )
     np.testing.assert_array_equal(kept, expected)
     assert (free > limits[0]).any()
+
+
+@pytest.mark.parametrize("storage", ["float32", "q2.5"])
+def test_searched_bounds_are_better_on_the_faults_of_the_search(
+    storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = dict.fromkeys(bounds.RATES, (3e-3, 1e-2))  # what hurts a network this small
+    monkeypatch.setattr(bounds, "RATES", rates)
+    source, x = tmp_path / "float.onnx", models.data(100).x
+    source.write_bytes(models.float_resnet().SerializeToString())
+    answers = runtime.run(runtime.session(source.read_bytes()), x)
+    images = Dataset(name="own answers", x=x, y=metrics.top1(answers))
+    files, found = {}, {}
+    for how in ("zero", "searched"):
+        files[how] = tmp_path / f"{how}.onnx"
+        found[how] = floats.store(source, out=files[how], storage=storage, how=how, images=images)
+    at_peak, lowered = (arrays(onnx.load(files[how])) for how in ("zero", "searched"))
+    limits = [name for name in at_peak if name.endswith(".bound")]
+    assert all(0 < lowered[name] <= at_peak[name] for name in limits)
+    assert any(lowered[name] < at_peak[name] for name in limits)
+    for name in at_peak.keys() - set(limits):
+        np.testing.assert_array_equal(at_peak[name], lowered[name])
+    said = found["searched"]["search"]
+    assert said["area"] > said["area_before"]
+    for how, area in (("zero", "area_before"), ("searched", "area")):
+        again = bounds.search(onnx.load(files[how]), images, found[how]["target"])
+        assert again["area_before"] == said[area]
 
 
 @pytest.mark.parametrize(
@@ -247,9 +276,9 @@ def test_models_that_have_nothing_to_store_or_to_bound_are_refused() -> None:
         smooth = models.float_resnet()
         for node in smooth.graph.node:
             node.op_type = node.op_type.replace("Relu", "Sigmoid")
-        floats.bound(smooth, "ranger", data())
+        bounds.bound(smooth, "ranger", data())
     with pytest.raises(InputError, match="bound 'clip' is unknown; expected one of ranger, zero"):
-        floats.bound(models.float_resnet(), "clip", data())
+        bounds.bound(models.float_resnet(), "clip", data())
 
 
 def test_the_command_writes_a_file_that_campaigns_take(tmp_path: Path) -> None:
@@ -258,11 +287,11 @@ def test_the_command_writes_a_file_that_campaigns_take(tmp_path: Path) -> None:
     images = models.data(50, dtype=np.uint8)
     np.savez(pixels, x=images.x, y=images.y)
     arguments = ["store", str(source), "--as", "float16:arctan", "--out", str(out)]
-    bounds = ["--bound", "neuron", "--data", str(pixels)]
-    found = CliRunner().invoke(main, [*arguments, *bounds], catch_exceptions=False)
+    bounded = ["--bound", "neuron", "--data", str(pixels)]
+    found = CliRunner().invoke(main, [*arguments, *bounded], catch_exceptions=False)
     assert found.exit_code == 0 and "faults: inject --target float" in found.output
     first = out.read_bytes()
-    assert CliRunner().invoke(main, [*arguments, *bounds]).exit_code == 0
+    assert CliRunner().invoke(main, [*arguments, *bounded]).exit_code == 0
     assert out.read_bytes() == first
     campaign = ["inject", str(out), "--data", str(pixels), "--target", "float", "--trials", "5"]
     json_file = tmp_path / "found.json"

@@ -17,6 +17,7 @@ from torch import nn
 
 from resq_deploy import artifacts, metrics, runtime
 from resq_deploy.attack import registry, sanity
+from resq_deploy.attack import twin as twins
 from resq_deploy.attack.base import Budget, Images, Target
 from resq_deploy.attack.matrix import matrix
 from resq_deploy.attack.twin import WANTED, strange_weight
@@ -24,7 +25,6 @@ from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import discovery
 from resq_deploy.inject.memory import Memory
-from resq_deploy.nets import checkpoint
 
 Correct = NDArray[np.bool_]
 
@@ -113,7 +113,7 @@ def attack(
     _check(data, epsilons, rates, draws)
     chosen = registry.make(attacks, Budget(steps=steps, restarts=restarts, queries=queries))
     raw = runtime.read_model(model)
-    net, made = checkpoint.load(twin)
+    net, made = twins.load(model, twin)
     facts = {
         "model_sha256": artifacts.sha256(model),
         "twin_sha256": artifacts.sha256(twin),

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
+from resq_deploy.attack import twin as twins
 from resq_deploy.attack.twin import WANTED, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import InPlaceSecded
@@ -33,7 +34,6 @@ from resq_deploy.inject import discovery, inject, plans
 from resq_deploy.inject.memory import Memory
 from resq_deploy.inject.reload import Reload
 from resq_deploy.metrics import top1
-from resq_deploy.nets import checkpoint
 from resq_deploy.nets.quantized import codes, encoding_of, value, weight_layers
 from resq_deploy.perturb.weights import bit_errors
 from resq_deploy.records import Site
@@ -272,7 +272,7 @@ def bfa(
             f"has {len(data)}, and none may be in both"
         )
     raw = runtime.read_model(model)
-    net, facts = checkpoint.load(twin)
+    net, facts = twins.load(model, twin)
     if not facts["quantized"]:
         raise InputError(f"{twin} is a float checkpoint; the search needs the int8 one")
     measured = data.first(n)

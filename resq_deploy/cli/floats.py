@@ -19,7 +19,7 @@ from resq_deploy.cli.output import emit_json
     help="float32, float16 or qM.N; plain, scaled, tanh, arctan, softsign, hardtanh, lecun-tanh.",
 )  # fmt: skip
 @click.option(
-    "--bound", "how", type=click.Choice(["ranger", "zero", "neuron"]),
+    "--bound", "how", type=click.Choice(["ranger", "zero", "searched", "neuron"]),
     help="Bound what ReLUs give.  [not]",
 )  # fmt: skip
 @click.option("--data", help="Images for --bound: training images of cifar10, ... or an .npz.")
