@@ -43,6 +43,8 @@ EPSILONS = tuple(k / 255 for k in (1, 2, 4, 8))
 RARE = 1e-5
 """A rate at which few patterns matter: measured beside the others, and not part of the area."""
 AUTOATTACK = EPSILONS[:2]
+BOTH = (1e-3, 1e-2)
+"""Bit error rates under which images of PGD at the first of EPSILONS run too."""
 ABSENT = "–"
 
 
@@ -232,6 +234,21 @@ def ber(of: Finished) -> dict[str, Any]:
     return {"rate": RARE, "n_correct": [trial.n_correct for trial in trials]}
 
 
+def both(of: Finished) -> dict[str, Any]:
+    """Attacked images under bit errors: PGD as in the row, as many patterns as at the rates."""
+    from resq_deploy.attack import attack
+
+    images = of.test(of.row["attack"]["radii"][0]["n"])
+    found = attack(
+        of.model, of.twin, images, epsilons=EPSILONS[:1], steps=of.row["measured"]["steps"],
+        restarts=1, check=False, rates=BOTH, draws=of.row["measured"]["draws"],
+        seed=of.made.seed, out=of.folder / "both.json",
+    )  # fmt: skip
+    cells = [cell for cell in found["matrix"] if cell["epsilon"] and cell["rate"]]
+    kept = ("epsilon", "rate", "n_images", "n_correct")
+    return {"cells": [{key: cell[key] for key in kept} for cell in cells]}
+
+
 def bfa(of: Finished) -> dict[str, Any]:
     """Adversarial bits, five searches of at most 50 flips; or why there are none."""
     from resq_deploy.attack.bfa import bfa as search
@@ -294,7 +311,8 @@ def cost(of: Finished) -> dict[str, Any]:
 
 
 MEASURES: dict[str, Callable[[Finished], dict[str, Any]]] = {
-    "fgsm": fgsm, "autoattack": autoattack, "ber": ber, "bfa": bfa, "time": seconds, "cost": cost,
+    "fgsm": fgsm, "autoattack": autoattack, "ber": ber, "both": both, "bfa": bfa, "time": seconds,
+    "cost": cost,
 }  # fmt: skip
 """Columns that are measured after the fact, by the name that --measure takes."""
 
@@ -354,12 +372,15 @@ def samples(row: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     if len(rates) > 1:
         x = np.log10(rates)
         found["area"] = np.trapezoid(faulty, x, axis=0) / (x[-1] - x[0])
+    for cell in more.get("both", {}).get("cells", []):
+        label = f"PGD {table.epsilon_label(cell['epsilon'])}, BER {cell['rate']:g}"
+        found[label] = np.array(cell["n_correct"]) / cell["n_images"]
     return found
 
 
 def over_patterns(column: str) -> bool:
     """Whether a column averages fault patterns, not images."""
-    return column.startswith(("BER", "area"))
+    return column.startswith("area") or "BER" in column
 
 
 def accuracy(column: str, values: NDArray[np.float64] | None) -> str:
@@ -454,8 +475,11 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     ]  # fmt: skip
     for title, part in (
         ("clean and under attack", [c for c in names if not over_patterns(c)]),
-        ("under bit errors", [c for c in names if over_patterns(c)]),
+        ("under bit errors", [c for c in names if over_patterns(c) and "," not in c]),
+        ("under attack and bit errors", [c for c in names if "," in c]),
     ):
+        if not part:
+            continue
         levels = [[n, *(accuracy(c, of.get(c)) for c in part)] for n, of in columns.items()]
         gains = [[n, *(difference(of.get(c), base.get(c)) for c in part)]
                  for n, of in columns.items() if n != "baseline"]  # fmt: skip

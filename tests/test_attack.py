@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-from resq_deploy import artifacts, bits, data, evaluate, metrics, runtime
+from resq_deploy import artifacts, bits, data, evaluate, metrics, runtime, store
 from resq_deploy import attack as attacks
 from resq_deploy.attack import bfa, registry, sanity
 from resq_deploy.attack.base import Budget, Target
@@ -239,6 +239,8 @@ def test_the_matrix_has_the_patterns_of_inject(trained: Trained, tmp_path: Path)
     same = inject(trained.model, few, out=tmp_path / "s", rates=[0.01], draws=4, seed=7)
     row = next(r for r in found["matrix"] if r["epsilon"] == 0 and r["rate"] == 0.01)
     assert row["mean"] == same["per_rate"][0]["mean"] and row["n_patterns"] == 4
+    counts = [trial.n_correct for trial in store.read([tmp_path / "s"])[1]]
+    assert row["n_correct"] == counts
 
 
 def test_a_finished_result_is_kept_until_an_option_changes(
@@ -311,7 +313,9 @@ def test_the_twin_of_another_file_is_named(trained: Trained, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "given", [{"encoding": "parity:nearest"}, {"profile": "po2-channel"}], ids=["encoding", "profile"]
+    "given",
+    [{"encoding": "parity:nearest"}, {"profile": "po2-channel"}],
+    ids=["encoding", "profile"],
 )
 def test_a_file_converted_by_export_has_a_twin_beside_its_manifest(
     trained: Trained, tmp_path: Path, given: dict[str, str]

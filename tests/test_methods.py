@@ -325,6 +325,23 @@ def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
         BENCH["measures"]("time,fgms")
 
 
+def test_attacked_images_under_bit_errors_average_patterns() -> None:
+    packed = BENCH["pack"]("1101")
+    cell = {"epsilon": 1 / 255, "rate": 0.01, "n_images": 8, "n_correct": [2, 4]}
+    found = BENCH["samples"](
+        {
+            "clean": packed,
+            "attack": {"radii": [{"epsilon": 1 / 255} | packed]},
+            "fault": {"n_images": 8, "rates": [{"rate": 0.01, "n_correct": [8, 4]}]},
+            "more": {"both": {"cells": [cell]}},
+        }
+    )
+    assert list(found) == ["clean", "PGD 1/255", "BER 0.01", "PGD 1/255, BER 0.01"]
+    assert found["PGD 1/255, BER 0.01"].tolist() == [0.25, 0.5]
+    averaged = [column for column in found if BENCH["over_patterns"](column)]
+    assert averaged == ["BER 0.01", "PGD 1/255, BER 0.01"]
+
+
 # --------------------------------------------------------------------------- stage 1
 
 
