@@ -101,10 +101,11 @@ def parse(name: str) -> Storage:
 
 
 def _factor(w: Real, storage: Storage) -> float:
-    """What scaled weights are multiplied by: the greatest power of two that keeps their range."""
+    """What scaled weights are multiplied by: the greatest power of two that keeps their range, and
+    whose reciprocal float32 holds."""
     n = storage.fraction_bits
     top = np.log2(127 / 2**n) if n is not None else storage.top
-    return float(2.0 ** np.floor(top - np.log2(max(np.abs(w).max(), 1e-30))))
+    return float(2.0 ** min(np.floor(top - np.log2(max(np.abs(w).max(), 1e-30))), 126))
 
 
 def _through(w: Real, storage: Storage) -> tuple[NDArray[Any], list[tuple[str, list[Any], Any]]]:

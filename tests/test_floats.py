@@ -119,6 +119,22 @@ def test_a_scaled_float_is_read_as_eight_times_the_greatest_at_most_unless_it_is
         assert (~np.isfinite(stored[weight]) | (np.abs(read) <= bound)).all()
 
 
+@pytest.mark.parametrize("storage", ["float32:scaled", "float16:scaled", "float32:tanh"])
+def test_tiny_weights_are_read_as_they_were(storage: str) -> None:
+    """A factor of which float32 holds no reciprocal would make them 0."""
+    tiny = models.float_resnet()
+    for tensor in tiny.graph.initializer:
+        if tensor.name == "w1":
+            w = np.ldexp(numpy_helper.to_array(tensor), -30)
+            tensor.CopyFrom(numpy_helper.from_array(w, "w1"))
+    floats.store_as(tiny, floats.parse(storage))
+    (name,) = {n.input[1] for n in tiny.graph.node if n.op_type == "Conv"} & {
+        o for n in tiny.graph.node for o in n.output if o.startswith("w1.read")
+    }
+    (read,) = inner(tiny, [name], data().x)
+    np.testing.assert_allclose(read, w, rtol=2e-3)
+
+
 @given(st.integers(0, 7), st.integers(0, 999))
 def test_scaling_shrinks_what_a_flip_does_to_a_fixed_point_weight(bit: int, seed: int) -> None:
     """The same bit of the same code moves a weight by 2^bit steps, and the steps are smaller."""

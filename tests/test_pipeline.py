@@ -247,3 +247,13 @@ def test_what_a_late_stage_would_refuse_is_refused_at_once(
 ) -> None:
     with pytest.raises(InputError, match=message):
         recipe.load(write_recipe(tmp_path, **changes))
+
+
+def test_a_network_without_int8_form_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    from resq_deploy.train import train
+
+    model = {"net": "mobilenetv2", "width": 0.125, "profile": "po2-tensor"}
+    loaded = recipe.load(write_recipe(tmp_path, model=model))
+    with pytest.raises(InputError, match="ReLU6 saturates at 6"):
+        train(loaded, "float", out=tmp_path / "float")
+    assert not (tmp_path / "float").exists()

@@ -105,9 +105,10 @@ def _float_net(recipe: Recipe, splits: Splits) -> tuple[nn.Module, dict[str, Any
         }
         net = build(**arguments, seed=seed)
         load_weights(net)
-    return net, arguments | {
-        "weight_bits": recipe.model.weight_bits, "profile": recipe.model.profile,
-    }  # fmt: skip
+    stored: Any = {"weight_bits": recipe.model.weight_bits, "profile": recipe.model.profile}
+    with torch.random.fork_rng(devices=[]):
+        quantize(net, **stored)  # what has no int8 form is refused before it is trained
+    return net, arguments | stored
 
 
 def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits, Dataset]) -> Any:
