@@ -337,6 +337,11 @@ class Recipe(_Section):
             raise ValueError("export.weights = int4 needs model.weight_bits = 4")
         return self
 
+    @property
+    def packed(self) -> bool:
+        """Are two codes stored in a byte?"""
+        return self.export.weights == "int4"
+
     def portable(self) -> dict[str, Any]:
         """Plain JSON values without the paths of this machine, for artefacts."""
         paths = {"data": {"root", "calibration"}, "float": {"checkpoint"}}

@@ -8,8 +8,11 @@ import living
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from tiny import write_recipe
+from torch import nn
 
 from resq_deploy import artifacts, bits, memory_map, recipe, runtime
 from resq_deploy.attack import bfa
@@ -21,7 +24,10 @@ from resq_deploy.export.packed import pack
 from resq_deploy.export.qdq import qdq
 from resq_deploy.inject import discovery, inject, results
 from resq_deploy.inject.memory import Memory
-from resq_deploy.nets import checkpoint
+from resq_deploy.nets import build, checkpoint, quantized
+from resq_deploy.nets.quantized import quantize, weight_layers
+from resq_deploy.perturb.weights import Masks, bit_errors, k_masks, random_masks, worst_masks
+from resq_deploy.train import train
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"opset": 19, "ir_version": 10}
@@ -131,3 +137,68 @@ def test_attacks_know_the_twin_of_packed_weights_and_bit_search_refuses_them(
     images = Dataset(name="noise", x=np.zeros((2, 3, 32, 32), np.uint8), y=np.arange(2))
     with pytest.raises(InputError, match="stores two 4-bit codes of conv1.weight in a byte"):
         bfa._File(raw, twin, images)
+
+
+@pytest.fixture(scope="module")
+def stored_packed() -> nn.Module:
+    return living.network("resnet8", 0.5, weight_bits=4, packed=True)
+
+
+def struck(net: nn.Module, masks: Masks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What the packed file would read under masks, and its bytes that flip, by layer."""
+    found = {}
+    for name, mask in masks.items():
+        code = quantized.codes(weight_layers(net)[name]).numpy()
+        flips = bits.pack(mask.numpy().reshape(-1))
+        read = bits.unpack(bits.pack(code.reshape(-1)) ^ flips, code.size, "int4")
+        found[name] = read.reshape(code.shape), flips
+    return found
+
+
+@pytest.mark.parametrize("method", ["random", "k", "worst"])
+def test_training_flips_are_those_of_the_packed_file(stored_packed: nn.Module, method: str) -> None:
+    net, rng = stored_packed, np.random.default_rng(0)
+    layers = weight_layers(net)
+    if method == "random":
+        masks = random_masks(net, 0.05, rng)
+    elif method == "k":
+        masks = k_masks(net, 100, dict.fromkeys(layers, 0.1), rng)
+    else:
+        masks = worst_masks(net, 100, {n: torch.ones_like(m.weight) for n, m in layers.items()})
+    found = struck(net, masks)
+    with bit_errors(net, masks):
+        for name, (read, _) in found.items():
+            faulty = layers[name].quant_weight()
+            scaled = torch.round(faulty.value / faulty.scale).detach().numpy()
+            assert np.array_equal(scaled, read) and read.min() >= -8 and read.max() <= 7
+    n_flips = sum(int(np.bitwise_count(flips).sum()) for _, flips in found.values())
+    n_bits = 4 * sum(m.weight.numel() for m in layers.values())
+    if method == "random":
+        assert abs(n_flips - 0.05 * n_bits) < 5 * (n_bits * 0.05 * 0.95) ** 0.5
+    else:
+        assert n_flips == 100
+
+
+def test_a_recipe_that_packs_trains_with_packed_faults(tmp_path: Path) -> None:
+    packing = recipe.load(
+        write_recipe(
+            tmp_path,
+            model={"weight_bits": 4},
+            export={"weights": "int4"},
+            float={"epochs": 0},
+            baseline={"epochs": 0},
+        )
+    )
+    twice = recipe.load(
+        write_recipe(
+            tmp_path / "int8", model={"weight_bits": 4}, float={"epochs": 0}, baseline={"epochs": 0}
+        )
+    )
+    for loaded, width in ((packing, 4), (twice, 8)):
+        out = tmp_path / str(width)
+        start = train(loaded, "float", out=out / "float")
+        net, facts = checkpoint.load(train(loaded, "baseline", out=out / "baseline", start=start))
+        assert {layer.stored_bits for layer in weight_layers(net).values()} == {width}
+        assert facts["net"].get("packed", False) == (width == 4)
+    with pytest.raises(InputError, match="codes of 8 bits cannot be packed"):
+        quantize(build("resnet8", n_classes=2, in_channels=1), packed=True)

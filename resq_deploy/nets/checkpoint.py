@@ -57,8 +57,8 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
-    arguments of `build`, or the `steps` of a traced network; and `weight_bits`, `encoding` and
-    `profile` where they are not the defaults of `quantize`)."""
+    arguments of `build`, or the `steps` of a traced network; and `weight_bits`, `encoding`,
+    `profile` and `packed` where they are not the defaults of `quantize`)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
@@ -117,7 +117,7 @@ def load(
             tensors = _convert_ranges(tensors, profile_of(facts), profile)
             facts["net"]["profile"] = profile
         arguments = dict(facts["net"])
-        of_quantize = ("weight_bits", "encoding", "profile")
+        of_quantize = ("weight_bits", "encoding", "profile", "packed")
         stored = {k: arguments.pop(k) for k in of_quantize if k in arguments}
         net = assemble(arguments["steps"]) if "steps" in arguments else build(**arguments)
         quantized = facts["quantized"]

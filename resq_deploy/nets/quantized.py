@@ -147,21 +147,27 @@ def quantize(
     weight_bits: int = 8,
     encoding: str = "plain",
     profile: str = "float-channel",
+    packed: bool = False,
 ) -> nn.Module:
     """The int8 Brevitas network of a float one (batch norm folded), not yet calibrated.
 
     Weight names stay those of the float network. `weight_bits` is 8 or 4 (codes -7 ... 7) for
     every weight; activations stay at 8 bits. Every code is a level of `encoding`, by its name;
-    scales are as `profile`, one of `quantizers.PROFILES`, says.
-    InputError for another number of bits, for 4 bits with another encoding than plain, and for a
-    layer that the profile has no quantizer for.
+    scales are as `profile`, one of `quantizers.PROFILES`, says. `packed`: 4-bit codes are stored
+    two a byte, and faults strike 4 bits of each.
+    InputError for another number of bits, for 4 bits with another encoding than plain, for packed
+    8-bit codes, and for a layer that the profile has no quantizer for.
     """
+    if packed and weight_bits != 4:
+        raise InputError(f"codes of {weight_bits} bits cannot be packed; weight_bits = 4 expected")
     stored, quantizers = parse_encoding(encoding), parse_profile(profile)
     net = fold(net)
     for name, module in list(net.named_modules()):
         new = _layer(module, quantizers, weight_bits, stored)
         if new is not None:
             _replace(net, name, new)
+    for layer in weight_layers(net).values():
+        cast(Any, layer).stored_bits = 4 if packed else 8
     return net
 
 

@@ -23,17 +23,26 @@ from resq_deploy.errors import InputError
 from resq_deploy.nets.quantized import codes, encoding_of, weight_layers, zero_point
 
 Masks = Mapping[str, Tensor]
-"""Layer name -> int8 tensor of the weight's shape; bit b set means: bit b is flipped."""
+"""Layer name -> int8 tensor of the weight's shape; bit b set means: bit b is flipped. Of packed
+codes bit 3, their sign, stands for bits 3 to 7 of the int8 code."""
 
 
-def _mask(weight: Tensor, at: NDArray[np.int64]) -> Tensor:
-    """The mask that flips bit `at` % 8 of element `at` // 8 of a weight."""
-    mask = bits.flip_sites(np.zeros(weight.numel(), np.int8), at // 8, at % 8)
+def _mask(weight: Tensor, at: NDArray[np.int64], width: int) -> Tensor:
+    """The mask that flips bit `at` % `width` of element `at` // `width` of a weight."""
+    mask = bits.flip_sites(np.zeros(weight.numel(), np.int8), at // width, at % width)
+    if width == 4:
+        mask = bits.from_nibbles(mask.view(np.uint8), "int4")
     return torch.from_numpy(mask).reshape(weight.shape).to(weight.device)
 
 
 def _weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: cast(Tensor, layer.weight) for name, layer in weight_layers(net).items()}
+
+
+def _width(net: nn.Module) -> int:
+    """Stored bits of a code: one number for all layers."""
+    (found,) = {cast(int, layer.stored_bits) for layer in weight_layers(net).values()}
+    return found
 
 
 def random_masks(
@@ -43,12 +52,12 @@ def random_masks(
 
     A layer that `rates` does not name, or that draws no error, is left out.
     """
-    masks = {}
+    masks, width = {}, _width(net)
     for name, weight in _weights(net).items():
         rate = rates if isinstance(rates, float) else rates.get(name, 0.0)
-        at = bits.random_positions(8 * weight.numel(), rate, rng)
+        at = bits.random_positions(width * weight.numel(), rate, rng)
         if at.size:
-            masks[name] = _mask(weight, at)
+            masks[name] = _mask(weight, at, width)
     return masks
 
 
@@ -61,7 +70,8 @@ def k_masks(
     InputError when the layers with a rate above 0 have fewer bits.
     """
     layers = {name: w for name, w in _weights(net).items() if rates.get(name, 0.0) > 0}
-    n_bits = np.array([8 * w.numel() for w in layers.values()])
+    width = _width(net)
+    n_bits = np.array([width * w.numel() for w in layers.values()])
     if k > n_bits.sum():
         raise InputError(f"{k} bits are to flip; the layers that may be hit have {n_bits.sum()}")
     share = n_bits * np.array([rates[name] for name in layers])
@@ -73,7 +83,7 @@ def k_masks(
     for layer, position in sorted(found):
         hit.setdefault(layer, []).append(position)
     names = list(layers)
-    return {names[i]: _mask(layers[names[i]], np.array(at)) for i, at in hit.items()}
+    return {names[i]: _mask(layers[names[i]], np.array(at), width) for i, at in hit.items()}
 
 
 def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +93,7 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
     scale times the change of the code. Fewer than k where fewer would raise it.
     """
     gains, chosen, starts = [], [], [0]
-    layers, encoding = weight_layers(net), encoding_of(net)
+    layers, encoding, width = weight_layers(net), encoding_of(net), _width(net)
     if isinstance(encoding, InPlaceSecded):
         raise InputError(
             f"encoding {encoding.name} corrects single flips: there is no worst one; random bit "
@@ -93,7 +103,8 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
         code = codes(layers[name])
         scale = cast(Any, layers[name]).quant_weight().scale.detach()
         slope = (gradient.detach() * scale).float()
-        change = torch.stack([_step_of_one(code, bit, encoding) * slope for bit in range(8)])
+        steps = [_step_of_one(code, bit, encoding, width) for bit in range(width)]
+        change = torch.stack([step * slope for step in steps])
         best, bit = change.flatten(1).max(dim=0)
         gains.append(best)
         chosen.append(bit)
@@ -106,7 +117,7 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
         inside = at[(at >= start) & (at < end)]
         if inside.size:
             bits_there = bit_of[torch.from_numpy(inside)].cpu().numpy()
-            masks[name] = _mask(_weights(net)[name], 8 * (inside - start) + bits_there)
+            masks[name] = _mask(_weights(net)[name], width * (inside - start) + bits_there, width)
     return masks
 
 
@@ -120,10 +131,11 @@ def _step(code: Tensor, mask: Tensor, encoding: Encoding) -> Tensor:
     return read.to(torch.int16) - code.to(torch.int16)
 
 
-def _step_of_one(code: Tensor, bit: int, encoding: Encoding) -> Tensor:
-    """The same where one stored bit flips alone, for each of the codes."""
+def _step_of_one(code: Tensor, bit: int, encoding: Encoding, width: int) -> Tensor:
+    """The same where one of the `width` stored bits flips alone, for each of the codes."""
     if encoding.name == "plain":
-        return _step(code, torch.full_like(code, 1 << bit if bit < 7 else -128), encoding)
+        mask = 1 << bit if bit < width - 1 else -(1 << bit)
+        return _step(code, torch.full_like(code, mask), encoding)
     read = encoding.struck_alone(encoding.encode(code.cpu().numpy()), bit)
     return torch.from_numpy(read).to(code.device, torch.int16) - code.to(torch.int16)
 

@@ -66,6 +66,8 @@ def _inputs(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits
     config = {name: getattr(recipe, name).model_dump(mode="json") for name in sections}
     if recipe.float.checkpoint is not None and stage == "float":
         config["float"] = {"checkpoint": artifacts.sha256(recipe.float.checkpoint)}
+    if recipe.packed:
+        config["model"]["packed"] = True
     if recipe.model.source is not None:
         config["model"]["source"] = recipe.model.portable_source()
         config["model"]["source_sha256"] = own.sha256(recipe.model.source)
@@ -106,6 +108,7 @@ def _float_net(recipe: Recipe, splits: Splits) -> tuple[nn.Module, dict[str, Any
         net = build(**arguments, seed=seed)
         load_weights(net)
     stored: Any = {"weight_bits": recipe.model.weight_bits, "profile": recipe.model.profile}
+    stored |= {"packed": True} if recipe.packed else {}
     with torch.random.fork_rng(devices=[]):
         quantize(net, **stored)  # what has no int8 form is refused before it is trained
     return net, arguments | stored
@@ -128,7 +131,9 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits,
         x = torch.from_numpy(as_float(calibration_images.x))
         if recipe.baseline.equalize:
             net = equalize(net, recipe.baseline.equalize)
-        kept = {k: facts["net"][k] for k in ("weight_bits", "profile") if k in facts["net"]}
+        kept = {
+            k: facts["net"][k] for k in ("weight_bits", "profile", "packed") if k in facts["net"]
+        }
         net = quantize(net, **kept)
         calibrate(net, x)
         if recipe.baseline.bias_correction:
