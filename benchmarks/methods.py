@@ -42,7 +42,6 @@ RATES = (1e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
 EPSILONS = tuple(k / 255 for k in (1, 2, 4, 8))
 RARE = 1e-5
 """A rate at which few patterns matter: measured beside the others, and not part of the area."""
-AUTOATTACK = EPSILONS[:2]
 BOTH = (1e-3, 1e-2)
 """Bit error rates under which images of PGD at the first of EPSILONS run too."""
 ABSENT = "–"
@@ -201,21 +200,20 @@ def autoattack(of: Finished) -> dict[str, Any]:
 
     images, radii, settings = of.test(of.attacked), [], {}
     for at in of.row["attack"]["radii"]:
-        if at["epsilon"] in AUTOATTACK:
-            right = unpack(at)[: of.attacked]
-            left = np.flatnonzero(right)
-            if left.size:
-                found = attack(
-                    of.model, of.twin, images.take(left), epsilons=(at["epsilon"],),
-                    attacks=("autoattack",), check=False,
-                    out=of.folder / f"autoattack-{255 * at['epsilon']:.4g}.json",
-                )  # fmt: skip
-                settings = found["attacks"]["autoattack"]["members"]
-                right[left] = [
-                    mark == "1" for mark in found["attacks"]["autoattack"]["epsilons"][0]["correct"]
-                ]
-            marks = "".join(f"{r:.0f}" for r in right)
-            radii.append({"epsilon": at["epsilon"]} | pack(marks))
+        right = unpack(at)[: of.attacked]
+        left = np.flatnonzero(right)
+        if left.size:
+            found = attack(
+                of.model, of.twin, images.take(left), epsilons=(at["epsilon"],),
+                attacks=("autoattack",), check=False,
+                out=of.folder / f"autoattack-{255 * at['epsilon']:.4g}.json",
+            )  # fmt: skip
+            settings = found["attacks"]["autoattack"]["members"]
+            right[left] = [
+                mark == "1" for mark in found["attacks"]["autoattack"]["epsilons"][0]["correct"]
+            ]
+        marks = "".join(f"{r:.0f}" for r in right)
+        radii.append({"epsilon": at["epsilon"]} | pack(marks))
     return {"members": settings, "radii": radii}
 
 
@@ -328,7 +326,8 @@ def measures(names: str) -> list[str]:
 def add(of: Finished, names: list[str], target: Path) -> None:
     """Measure what a finished row lacks of these columns, and write each into it."""
     for name in names:
-        settings = {"attacked": of.attacked} if name == "autoattack" else {}
+        radii = len(of.row["attack"]["radii"])
+        settings = {"attacked": of.attacked, "radii": radii} if name == "autoattack" else {}
         if of.row.get("more", {}).get(name, {}).get("settings") != settings:
             click.echo(f"row {target.stem}: {name}", err=True)
             found = {"settings": settings} | MEASURES[name](of)

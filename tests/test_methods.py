@@ -294,12 +294,12 @@ def test_autoattack_of_the_table_goes_on_where_pgd_ended(
 
     def attack(model: Path, twin: Path, data: Dataset, **options: Any) -> dict[str, Any]:
         seen.append((options["epsilons"], data.y.tolist()))
-        rows = [{"correct": "01" * (len(data) // 2)}]
+        rows = [{"correct": "0101"[: len(data)]}]
         return {"attacks": {"autoattack": {"members": {}, "epsilons": rows}}}
 
     monkeypatch.setattr("resq_deploy.attack.attack", attack)
     one, two, four = BENCH["EPSILONS"][:3]
-    left = {one: "11110011", two: "00000001", four: "11111111"}
+    left = {one: "11110011", two: "00000001", four: "10000000"}
     radii = [{"epsilon": e} | BENCH["pack"](marks) for e, marks in left.items()]
     of = BENCH["Finished"](
         made=None, stages=[], row={"attack": {"radii": radii}}, folder=tmp_path, twin=tmp_path,
@@ -307,10 +307,10 @@ def test_autoattack_of_the_table_goes_on_where_pgd_ended(
     )  # fmt: skip
     monkeypatch.setattr(type(of), "test", lambda self, n: images.first(n))
     found = BENCH["autoattack"](of)["radii"]
-    assert seen == [((one,), [0, 1, 2, 3])]
+    assert seen == [((one,), [0, 1, 2, 3]), ((four,), [0])]
     marks = [BENCH["unpack"](at).tolist() for at in found]
-    assert [at["epsilon"] for at in found] == [one, two]
-    assert marks == [[0, 1, 0, 1, 0, 0], [0] * 6]
+    assert [at["epsilon"] for at in found] == [one, two, four]
+    assert marks == [[0, 1, 0, 1, 0, 0], [0] * 6, [0] * 6]
 
 
 def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
