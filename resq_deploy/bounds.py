@@ -42,11 +42,6 @@ def _ranges(model: onnx.ModelProto, names: list[str], images: Dataset) -> dict[s
     return found
 
 
-def _limit(relu: onnx.NodeProto) -> str:
-    """What the bound behind a ReLU is called, before `bound` has put it there."""
-    return f"{relu.output[0]}.bound"
-
-
 def bound(model: onnx.ModelProto, how: str, images: Dataset) -> None:
     """Bound what comes out of every ReLU, in place, by the greatest values on `images`.
 
@@ -66,7 +61,7 @@ def bound(model: onnx.ModelProto, how: str, images: Dataset) -> None:
         ordered.append(node)
         if node.op_type != "Relu":
             continue
-        name, limit = node.output[0], _limit(node)
+        name, limit = node.output[0], f"{node.output[0]}.bound"
         peak = ranges[name] if how == "neuron" else ranges[name].max()
         constants = {limit: np.asarray(peak, np.float32)}
         node.output[0] = f"{name}.free"
@@ -141,14 +136,14 @@ def search(model: onnx.ModelProto, images: Dataset, target: str) -> dict[str, An
     `IMAGES` of `images`; what wins nothing there stays. Returns what was searched with, and the
     areas before and after.
     """
-    search = _Search(model, images, target)
-    before = best = search.area()
-    for limit in search.limits:
-        best = search.lower(limit, best)
+    bench = _Search(model, images, target)
+    before = best = bench.area()
+    for limit in bench.limits:
+        best = bench.lower(limit, best)
     return {
-        "rates": list(search.rates),
+        "rates": list(bench.rates),
         "draws": DRAWS,
-        "n_images": len(search.images),
+        "n_images": len(bench.images),
         "area_before": before,
         "area": best,
     }

@@ -17,10 +17,9 @@ from torch import nn
 
 from resq_deploy import artifacts, metrics, runtime
 from resq_deploy.attack import registry, sanity
-from resq_deploy.attack import twin as twins
 from resq_deploy.attack.base import Budget, Images, Target
 from resq_deploy.attack.matrix import matrix
-from resq_deploy.attack.twin import WANTED, strange_weight
+from resq_deploy.attack.twin import WANTED, load_twin, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import discovery
@@ -113,7 +112,7 @@ def attack(
     _check(data, epsilons, rates, draws)
     chosen = registry.make(attacks, Budget(steps=steps, restarts=restarts, queries=queries))
     raw = runtime.read_model(model)
-    net, made = twins.load(model, twin)
+    net, made = load_twin(model, twin)
     facts = {
         "model_sha256": artifacts.sha256(model),
         "twin_sha256": artifacts.sha256(twin),

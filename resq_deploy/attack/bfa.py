@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
-from resq_deploy.attack import twin as twins
-from resq_deploy.attack.twin import WANTED, strange_weight
+from resq_deploy.attack.twin import WANTED, load_twin, strange_weight
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding import InPlaceSecded
 from resq_deploy.errors import InputError
@@ -272,7 +271,7 @@ def bfa(
             f"has {len(data)}, and none may be in both"
         )
     raw = runtime.read_model(model)
-    net, facts = twins.load(model, twin)
+    net, facts = load_twin(model, twin)
     if not facts["quantized"]:
         raise InputError(f"{twin} is a float checkpoint; the search needs the int8 one")
     measured = data.first(n)

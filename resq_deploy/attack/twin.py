@@ -19,7 +19,7 @@ WANTED = (
 )
 
 
-def load(model: Path, source: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_twin(model: Path, source: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The network of a checkpoint, in eval mode, and its sidecar, as `checkpoint.load` gives them.
 
     Where the manifest beside `model` says that this checkpoint was exported with another encoding

@@ -21,6 +21,9 @@ from resq_deploy.nets.steps import assemble
 RANGE = ".act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
 """In the name of an activation's range in a state dict."""
 
+OF_QUANTIZE = ("weight_bits", "encoding", "profile", "packed")
+"""What `net` in a sidecar says beside how the float network is made: arguments of `quantize`."""
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file; InputError in one line when it cannot be read."""
@@ -57,8 +60,8 @@ def load_state(net: nn.Module, tensors: dict[str, Tensor], where: str) -> None:
 
 def save(path: Path, network: nn.Module, *, inputs: dict[str, Any], **facts: Any) -> dict[str, Any]:
     """Write PATH.safetensors and its sidecar; `facts` must hold `quantized` and `net` (the
-    arguments of `build`, or the `steps` of a traced network; and `weight_bits`, `encoding`,
-    `profile` and `packed` where they are not the defaults of `quantize`)."""
+    arguments of `build`, or the `steps` of a traced network; and those of OF_QUANTIZE that are not
+    the defaults of `quantize`)."""
     write_tensors(path, network.state_dict())
     return artifacts.seal(path, inputs, **facts)
 
@@ -117,8 +120,7 @@ def load(
             tensors = _convert_ranges(tensors, profile_of(facts), profile)
             facts["net"]["profile"] = profile
         arguments = dict(facts["net"])
-        of_quantize = ("weight_bits", "encoding", "profile", "packed")
-        stored = {k: arguments.pop(k) for k in of_quantize if k in arguments}
+        stored = {k: arguments.pop(k) for k in OF_QUANTIZE if k in arguments}
         net = assemble(arguments["steps"]) if "steps" in arguments else build(**arguments)
         quantized = facts["quantized"]
     except (KeyError, TypeError):

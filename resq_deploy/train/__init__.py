@@ -131,9 +131,7 @@ def _start(recipe: Recipe, stage: str, start: Path | None, images: tuple[Splits,
         x = torch.from_numpy(as_float(calibration_images.x))
         if recipe.baseline.equalize:
             net = equalize(net, recipe.baseline.equalize)
-        kept = {
-            k: facts["net"][k] for k in ("weight_bits", "profile", "packed") if k in facts["net"]
-        }
+        kept = {k: v for k, v in facts["net"].items() if k in checkpoint.OF_QUANTIZE}
         net = quantize(net, **kept)
         calibrate(net, x)
         if recipe.baseline.bias_correction:
