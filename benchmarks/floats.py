@@ -43,6 +43,8 @@ ROWS = (
     ("float32:scaled:64", None),
     ("float32:tanh", "ranger"),
 )
+IMAGES = {"learned": 20_000}
+"""Training images that bounds come from; others 512."""
 
 
 def float_file(made: recipe.Recipe, work: Path, shape: tuple[int, ...]) -> Path:
@@ -72,12 +74,16 @@ def interval(value: float, low: float, high: float) -> str:
 
 
 def row(
-    source: Path, storage: str, how: str | None, images: Dataset, few: Dataset, draws: int
+    source: Path, storage: str, how: str | None, train: Dataset, few: Dataset, draws: int
 ) -> tuple[list[str], dict[str, Any]]:
     """Cells of one file, and its campaign."""
     stem = "-".join([*storage.split(":"), *([how] if how else [])])
     model, path = source.with_name(f"{stem}.onnx"), source.with_name(f"{stem}.store")
-    made = floats.store(source, out=model, storage=storage, how=how, images=images if how else None)
+    made = floats.store(
+        source, out=model, storage=storage, how=how, show=progress.bar,
+        images=static.choose(train, IMAGES.get(how, 512)) if how else None,
+        twin=source.parent / "float" / "checkpoint.safetensors" if how == "learned" else None,
+    )  # fmt: skip
     found = inject(
         model, few, out=path, fault="ber", targets=(made["target"],), rates=RATES, draws=draws,
         resume=path.exists(), show=progress.bar,
@@ -106,8 +112,8 @@ def table(rows: list[list[str]], found: dict[str, Any], name: str, file: str, dr
             f"Accuracy in percent of the float network of `{name}` on {n} test images:",
             "clean with its 95 % Wilson interval, at each bit error rate the mean over",
             f"{draws} fault patterns with its 95 % bootstrap interval; the worst pattern at 1e-5.",
-            "Faults strike the stored weights. Bounds are those of 512 training images; they are",
-            "counted in the bytes, and not struck.",
+            "Faults strike the stored weights. Bounds come from 512 training images, learned ones",
+            f"from {IMAGES['learned']:,}; they are counted in the bytes, and not struck.",
             f"{found['cpu']['name']}; {versions}, torch {artifacts.versions()['torch']}.",
             f"Command: `python benchmarks/floats.py models/{file} --images {n}",
             f"--draws {draws} --work runs/floats --write docs`.",
@@ -127,10 +133,9 @@ def main(base: Path, images: int, draws: int, work: Path, write: Path | None) ->
     splits = data.of(made.data)
     few = splits.test.first(images)
     source = float_file(made, work, few.x.shape[1:])
-    profile = static.choose(splits.train or splits.test, 512)
     rows: list[list[str]] = []
     for storage, how in ROWS:
-        cells, found = row(source, storage, how, profile, few, draws)
+        cells, found = row(source, storage, how, splits.train or splits.test, few, draws)
         rows.append(cells)
         text = table(rows, found, made.name, base.name, draws)
         if write is not None:  # after every row: the next one takes minutes

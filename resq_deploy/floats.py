@@ -22,7 +22,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from resq_deploy import artifacts, bounds, runtime, static
+from resq_deploy import artifacts, bounds, progress, runtime, static
+from resq_deploy.bounds.search import search
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, UnsupportedModel
 from resq_deploy.inject import discovery
@@ -41,12 +42,14 @@ class Tau:
     slope: float = 1.0
     attributes: tuple[float, ...] = ()
     """More inputs of the operator."""
+    finite: bool = False
+    """The operator makes NaN of infinity, which must be cut off before it."""
 
 
 TAUS = {
     "tanh": Tau(op="Tanh", inverse=np.arctanh),
     "arctan": Tau(op="Atan", inverse=np.tan, bound=np.pi / 2),
-    "softsign": Tau(op="Softsign", inverse=lambda y: y / (1 - np.abs(y))),
+    "softsign": Tau(op="Softsign", inverse=lambda y: y / (1 - np.abs(y)), finite=True),
     "hardtanh": Tau(op="Clip", inverse=lambda y: y, attributes=(-1.0, 1.0)),
     "lecun-tanh": Tau(op="Tanh", inverse=np.arctanh, slope=2 / 3),
 }
@@ -127,6 +130,9 @@ def _through(w: Real, storage: Storage) -> tuple[NDArray[Any], list[tuple[str, l
         w = tau.inverse(w / gain) / tau.slope
         if tau.slope != 1:
             steps.append(("Mul", [tau.slope], {}))
+        if tau.finite:
+            largest = float(np.finfo(np.float32).max)
+            steps.append(("Clip", [-largest, largest], {}))
         steps += [(tau.op, list(tau.attributes), {}), ("Mul", [gain], {})]
     return np.asarray(w, np.float16 if half else np.float32), steps
 
@@ -167,11 +173,18 @@ def store_as(model: onnx.ModelProto, storage: Storage) -> None:
 
 
 def store(
-    source: Path, *, out: Path, storage: str, how: str | None = None, images: Dataset | None = None
+    source: Path,
+    *,
+    out: Path,
+    storage: str,
+    how: str | None = None,
+    images: Dataset | None = None,
+    twin: Path | None = None,
+    show: progress.Progress = progress.silent,
 ) -> dict[str, Any]:
     """Write OUT, the float ONNX file SOURCE with its weights stored as `storage` (see `parse`) and,
     with `how`, its activations bounded by their values on `images`; a JSON sidecar beside it, which
-    is returned.
+    is returned. Bounds that are `learned` need the float checkpoint of SOURCE as its `twin`.
 
     InputError when SOURCE is not a float classifier, and for unknown names.
     """
@@ -179,13 +192,22 @@ def store(
     target = "float" if made.fraction_bits is None else "weight"
     model = static.read(source)
     if how is not None and images is None:
-        raise InputError("bounds of activations need images; none given")
+        raise InputError("bounds of activations need images, none given; add --data DATA")
+    if (how == "learned") != (twin is not None):
+        raise InputError(
+            "--bound learned goes with --twin CHECKPOINT, the float checkpoint that the model was "
+            f"exported from; got --bound {how} and --twin {twin}"
+        )
+    learned = searched = None
     if how is not None and images is not None:
         bounds.bound(model, how, images)
+        if twin is not None:
+            from resq_deploy.bounds.learned import learn  # nothing else here needs torch
+
+            learned = learn(model, images, twin, show=show)
     store_as(model, made)
-    searched = None
     if how == "searched" and images is not None:
-        searched = bounds.search(model, images, target)
+        searched = search(model, images, target)
     raw = model.SerializeToString(deterministic=True)
     artifacts.write(out, lambda path: path.write_bytes(raw))
     return artifacts.seal(
@@ -195,8 +217,10 @@ def store(
             "storage": storage,
             "bound": how,
             "calibration_sha256": None if images is None else images.sha256,
+            "twin_sha256": None if twin is None else artifacts.sha256(twin),
         },
         target=target,
+        learned=learned,
         search=searched,
         kernels=runtime.kernels(raw),
     )

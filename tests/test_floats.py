@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,14 +17,17 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 import models
-from resq_deploy import bits, bounds, floats, metrics, runtime
+from resq_deploy import artifacts, bits, bounds, floats, metrics, nets, runtime
+from resq_deploy.bounds import learned, search
 from resq_deploy.cli import main
 from resq_deploy.data.base import Dataset
 from resq_deploy.encoding.saf import TAUS
 from resq_deploy.errors import InputError
+from resq_deploy.export.graph import quiet
 from resq_deploy.inject import discovery, memory
 from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
+from resq_deploy.nets import checkpoint
 
 WEIGHTS = {"w1": "Conv", "w2": "Conv", "w3": "Gemm"}
 FLOATS = [f"{kind}:{how}" for kind in ("float32", "float16") for how in floats.READINGS]
@@ -105,6 +109,17 @@ def test_no_flip_takes_a_saturated_weight_beyond_the_bound_of_its_tensor(
     for weight, read in made.read(stored).items():
         bound = floats.ROOM * np.abs(made.original[weight]).max() * (1 + 1e-5)
         assert (np.isnan(stored[weight]) | (np.abs(read) <= bound)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in FLOATS if n.split(":")[1] in floats.TAUS])
+def test_an_infinite_weight_is_read_as_the_bound_of_its_tensor(name: str) -> None:
+    made = stored_as(name)
+    stored = made.stored({})
+    for values in stored.values():
+        values.reshape(-1)[:2] = [np.inf, -np.inf]
+    for weight, read in made.read(stored).items():
+        bound = floats.ROOM * np.abs(made.original[weight]).max()
+        np.testing.assert_allclose(read.reshape(-1)[:2], [bound, -bound], rtol=1e-5)
 
 
 @given(st.sampled_from(["float32:scaled", "float16:scaled"]), st.floats(1e-3, 0.3),
@@ -224,7 +239,8 @@ def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_fro
     for before, after in zip(inner(plain, relus, x), inner(bounded, relus, x), strict=True):
         np.testing.assert_allclose(before, after, rtol=1e-5, atol=1e-6)  # kernels differ
     limits = [arrays(bounded)[f"{name}.bound"] for name in relus]
-    assert [limit.ndim for limit in limits] == ([3, 3] if how == "neuron" else [0, 0])
+    each = how in ("neuron", "learned")
+    assert [limit.ndim for limit in limits] == ([3, 3] if each else [0, 0])
     rng = np.random.default_rng(seed)
     for tensor in bounded.graph.initializer:
         if tensor.name == "w1":
@@ -235,7 +251,7 @@ def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_fro
     assert (kept <= limits[0]).all()
     expected = (
         np.where(free <= limits[0], free, 0)
-        if how in ("zero", "searched")
+        if how in bounds.TO_ZERO
         else np.minimum(free, limits[0])
     )
     np.testing.assert_array_equal(kept, expected)
@@ -246,8 +262,8 @@ def test_bounds_hold_under_faults_and_change_nothing_on_the_images_they_come_fro
 def test_searched_bounds_are_better_on_the_faults_of_the_search(
     storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = dict.fromkeys(bounds.RATES, (3e-3, 1e-2))  # what hurts a network this small
-    monkeypatch.setattr(bounds, "RATES", rates)
+    rates = dict.fromkeys(search.RATES, (3e-3, 1e-2))  # what hurts a network this small
+    monkeypatch.setattr(search, "RATES", rates)
     source, x = tmp_path / "float.onnx", models.data(100).x
     source.write_bytes(models.float_resnet().SerializeToString())
     answers = runtime.run(runtime.session(source.read_bytes()), x)
@@ -265,8 +281,105 @@ def test_searched_bounds_are_better_on_the_faults_of_the_search(
     said = found["searched"]["search"]
     assert said["area"] > said["area_before"]
     for how, area in (("zero", "area_before"), ("searched", "area")):
-        again = bounds.search(onnx.load(files[how]), images, found[how]["target"])
+        again = search.search(onnx.load(files[how]), images, found[how]["target"])
         assert again["area_before"] == said[area]
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float checkpoint of fresh weights; beside it what it computes, as float.onnx, and another
+    checkpoint of the same network."""
+    folder = tmp_path_factory.mktemp("twin")
+    made = {"name": "resnet8", "n_classes": 10, "in_channels": 1, "width": 0.25}
+    for seed, name in enumerate(("twin", "other")):
+        net = nets.build(**made, seed=seed).eval()
+        path = folder / f"{name}.safetensors"
+        checkpoint.save(path, net, inputs={}, quantized=False, net=made)
+    loaded, _ = checkpoint.load(folder / "twin.safetensors")
+    with quiet():
+        torch.onnx.export(
+            loaded, (torch.zeros(1, 1, 32, 32),), str(folder / "float.onnx"), dynamo=False,
+            input_names=["x"], dynamic_axes={"x": {0: "batch"}},
+        )  # fmt: skip
+    return folder / "twin.safetensors"
+
+
+def own_answers(model: Path, n: int) -> Dataset:
+    """Noise, labelled with what the model makes of it."""
+    x = np.random.default_rng(0).random((n, 1, 32, 32)).astype(np.float32)
+    answers = runtime.run(runtime.session(model.read_bytes()), x)
+    return Dataset(name="own answers", x=x, y=metrics.top1(answers))
+
+
+@pytest.mark.parametrize("lost", [1.0, -1.0])  # every accuracy will do; none will
+def test_learned_bounds_lie_below_the_peaks_and_the_file_computes_with_them(
+    lost: float, twin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned, "LOST", lost)
+    source, out = twin.with_name("float.onnx"), tmp_path / "learned.onnx"
+    images = own_answers(source, 256)
+    at_peak = onnx.load(source)
+    bounds.bound(at_peak, "learned", images)
+    found = floats.store(
+        source, out=out, storage="float32", how="learned", images=images, twin=twin
+    )
+    before, after = arrays(at_peak), arrays(onnx.load(out))
+    assert before.keys() == after.keys()
+    limits = [t.name for t in bounds.limits(at_peak)]
+    assert len(limits) == 7
+    for name in before.keys() - set(limits):
+        np.testing.assert_array_equal(before[name], after[name])
+    assert all((after[n] >= 0).all() and (after[n] <= before[n]).all() for n in limits)
+    said = found["learned"]
+    peaks, lowered = (np.concatenate([a[n].ravel() for n in limits]) for a in (before, after))
+    alive = peaks > 0
+    assert said["mean_ratio"] == pytest.approx((lowered[alive] / peaks[alive]).mean(), abs=0.02)
+    assert said["epochs"] == (learned.EPOCHS if lost > 0 else 0)
+    assert (said["mean_ratio"] < 0.99) == (lost > 0)
+    kept_back = images.first(said["n_kept_back"])
+    right = metrics.top1(runtime.run(runtime.session(out.read_bytes()), kept_back.x)) == kept_back.y
+    assert said["accuracy"] == pytest.approx(right.mean(), abs=1.5 / len(kept_back))
+    assert found["inputs"]["twin_sha256"] == artifacts.sha256(twin)
+    first = out.read_bytes()
+    floats.store(source, out=out, storage="float32", how="learned", images=images, twin=twin)
+    assert out.read_bytes() == first
+
+
+@given(st.floats(0, 1), st.floats(0.01, 100), st.floats(0, 2))
+def test_the_smooth_bound_is_that_of_fitact(ratio: float, peak: float, relative: float) -> None:
+    """x - x sigmoid(k (x - bound)) over the range of the neuron, beside the hard one."""
+    net = learned._Bounded(torch.nn.ReLU(), [torch.tensor([peak])])
+    with torch.no_grad():
+        net.ratios[0].fill_(ratio)
+    x = torch.tensor([[relative * peak]], dtype=torch.float32)
+    outside = 1 / (1 + np.exp(-learned.STEEPNESS * (relative - ratio)))
+    smooth, hard = (float(net.run(x, how)) for how in ("soft", "hard"))
+    assert smooth == pytest.approx(float(x) * (1 - outside), rel=1e-3, abs=1e-5 * peak)
+    if abs(relative - ratio) > 1e-4:
+        assert hard == (float(x) if relative < ratio else 0)
+    assert float(net.run(x, "free")) == float(x)
+
+
+@pytest.mark.parametrize(
+    ("how", "name", "message"),
+    [
+        ("learned", None, "--bound learned goes with --twin CHECKPOINT.*got --bound learned and -"),
+        ("zero", "twin", "--bound learned goes with --twin CHECKPOINT.*got --bound zero and --twi"),
+        ("learned", "other", "other.safetensors is not the twin of the model: what its ReLUs give"),
+    ],
+)
+def test_bounds_are_learned_from_the_twin_of_the_model_only(
+    how: str, name: str | None, message: str, twin: Path, tmp_path: Path
+) -> None:
+    source, given_twin = twin.with_name("float.onnx"), None
+    if name is not None:
+        given_twin = twin.with_name(f"{name}.safetensors")
+    with pytest.raises(InputError, match=message):
+        floats.store(
+            source, out=tmp_path / "out.onnx", storage="float32", how=how,
+            images=own_answers(source, 64), twin=given_twin,
+        )  # fmt: skip
+    assert not (tmp_path / "out.onnx").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from resq_deploy.cli.output import emit_json
     help="float32, float16 or qM.N; plain, scaled, tanh, arctan, softsign, hardtanh, lecun-tanh.",
 )  # fmt: skip
 @click.option(
-    "--bound", "how", type=click.Choice(["ranger", "zero", "searched", "neuron"]),
+    "--bound", "how", type=click.Choice(["ranger", "zero", "searched", "neuron", "learned"]),
     help="Bound what ReLUs give.  [not]",
 )  # fmt: skip
 @click.option("--data", help="Images for --bound: training images of cifar10, ... or an .npz.")
@@ -28,6 +28,7 @@ from resq_deploy.cli.output import emit_json
     help="That many of them, drawn without replacement.",
 )  # fmt: skip
 @click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]")
+@click.option("--twin", type=PATH, help="Float checkpoint of MODEL, for --bound learned.")
 @click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="ONNX file to write.")
 @json_option
 def store(
@@ -41,10 +42,10 @@ def store(
 ) -> None:
     """Store the weights of the float ONNX file MODEL so that flips do less harm; no training."""
     from resq_deploy import data as sets
-    from resq_deploy import floats, static
+    from resq_deploy import floats, progress, static
 
     chosen = None if data is None else static.choose(sets.load_split(data, root, "train"), images)
-    found = floats.store(model, out=out, images=chosen, **options)
+    found = floats.store(model, out=out, images=chosen, show=progress.bar, **options)
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
     click.echo(f"{out}: {found['sha256']}; faults: inject --target {found['target']}")
     emit_json(found, json_file)
