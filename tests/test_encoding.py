@@ -31,7 +31,8 @@ from resq_deploy.nets.quantized import calibrate, codes, encoding_of, quantize, 
 from resq_deploy.perturb.weights import bit_errors, random_masks, worst_masks
 
 NAMES = list(encoding.ENCODINGS)
-KINDS = ["guard:expected", "guard:mean", "parity:zero", "secded", "secded:zero", "saf:tanh"]
+KINDS = ["guard:expected", "guard:mean", "parity:zero", "hamming", "secded", "secded:zero",
+         "saf:tanh"]  # fmt: skip
 """One for every way in which a decoder is built."""
 BYTES = np.arange(256).astype(np.uint8)
 ALL = BYTES.view(np.int8)
@@ -166,6 +167,35 @@ def test_mean_is_that_of_the_good_codes_of_the_channel() -> None:
     kind = encoding.parse("guard:mean")
     stored = np.array([[[10, 20, 100]], [[-3, 0, 7]], [[-100, 100, 127]]], np.int8)
     assert kind.decode(stored).tolist() == [[[10, 20, 15]], [[-3, 0, 7]], [[0, 0, 0]]]
+
+
+# --------------------------------------------------------------------------- Hamming
+
+
+def test_words_of_the_hamming_code_differ_in_four_bits() -> None:
+    """15 of the 16 of a linear code: the exclusive or of two of them is one of the 16."""
+    kind = encoding.parse("hamming")
+    words = kind.encode(kind.levels.astype(np.int8)).view(np.uint8).tolist()
+    sums = {a ^ b for a, b in combinations(words, 2)}
+    assert {s.bit_count() for s in sums} == {4, 8} and len(set(words)) == 15 and len(sums) == 15
+
+
+def test_hamming_corrects_a_flip_and_reads_two_as_the_mean_of_the_four_likeliest() -> None:
+    kind = encoding.parse("hamming")
+    levels = kind.levels.astype(np.int8)
+    words = dict(zip(kind.encode(levels).view(np.uint8).tolist(), levels.tolist(), strict=True))
+    for stored, level in words.items():
+        for flips in combinations(range(8), 1):
+            struck = np.array([stored ^ sum(1 << b for b in flips)], np.uint8)
+            assert kind.decode(struck.view(np.int8))[0] == level
+        for flips in combinations(range(8), 2):
+            byte = stored ^ sum(1 << b for b in flips)
+            near = [value for w, value in words.items() if (w ^ byte).bit_count() == 2]
+            assert level in near and len(near) in (3, 4)  # one word in 16 is of no level
+            common = [math.exp(-((3 * value / 127) ** 2) / 2) for value in near]
+            mean = sum(v * p for v, p in zip(near, common, strict=True)) / sum(common)
+            read = kind.decode(np.array([byte], np.uint8).view(np.int8))[0]
+            assert abs(read - mean) <= 0.5 + 1e-9
 
 
 # --------------------------------------------------------------------------- in-place SECDED

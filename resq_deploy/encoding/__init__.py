@@ -11,16 +11,18 @@ from functools import partial
 
 from resq_deploy.encoding.base import Encoding
 from resq_deploy.encoding.guard import Guard
+from resq_deploy.encoding.hamming import Hamming
 from resq_deploy.encoding.parity import EvenParity
 from resq_deploy.encoding.saf import TAUS, Saf
 from resq_deploy.encoding.secded import InPlaceSecded
-from resq_deploy.encoding.table import POLICIES, Checked
+from resq_deploy.encoding.table import POLICIES, ByByte, Checked
 from resq_deploy.errors import InputError
 
 ENCODINGS: dict[str, Callable[[], Encoding]] = {
     "plain": Encoding,
     **{f"guard:{policy}": partial(Guard, policy=policy) for policy in POLICIES},
     **{f"parity:{policy}": partial(EvenParity, policy=policy) for policy in POLICIES},
+    "hamming": Hamming,
     "secded": InPlaceSecded,
     "secded:zero": partial(InPlaceSecded, zero=True),
     **{f"saf:{tau}": partial(Saf, tau=tau) for tau in TAUS},
@@ -38,10 +40,12 @@ def parse(name: str) -> Encoding:
 __all__ = [
     "ENCODINGS",
     "POLICIES",
+    "ByByte",
     "Checked",
     "Encoding",
     "EvenParity",
     "Guard",
+    "Hamming",
     "InPlaceSecded",
     "Saf",
     "parse",

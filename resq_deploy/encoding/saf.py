@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.encoding.base import ALL, Codes, Encoding
+from resq_deploy.encoding.base import ALL, Codes
+from resq_deploy.encoding.table import ByByte
 
 Real = NDArray[np.float64]
 
@@ -32,7 +33,7 @@ STEP = 1 / 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saf(Encoding):
+class Saf(ByByte):
     """Stored code s is read as round(127 tau(s / 32) / tau(127 / 32)).
 
     A level is an output of that table. Several stored codes may read the same, where tau is flat;
@@ -47,7 +48,6 @@ class Saf(Encoding):
 
     @cached_property
     def table(self) -> Codes:
-        """(256,) what each byte is read as."""
         tau = TAUS[self.tau]
         v: Real = np.clip(ALL, -127, 127).astype(np.float64) * STEP
         return np.rint(127 * tau(v) / tau(np.array(127 * STEP, np.float64))).astype(np.int8)
@@ -62,6 +62,3 @@ class Saf(Encoding):
             same = np.sort(ALL[self.table == level])
             middle[level] = same[len(same) // 2]
         return middle[codes]
-
-    def decode(self, stored: Codes) -> Codes:
-        return self.table[stored]

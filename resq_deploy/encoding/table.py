@@ -1,4 +1,4 @@
-"""Encodings that read each byte by itself, from a table, and what they read where one is bad.
+"""Encodings that read each byte by itself, from a table; and those that know bad bytes.
 
 A byte is bad when no fault-free memory holds it. How it is read is the policy: `zero`; the level
 `nearest` to it; the `mean` of the good bytes of its output channel, rounded half to even; or what
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,8 +24,33 @@ from resq_deploy.encoding.base import ALL, Codes, Encoding, inverted
 POLICIES = ("zero", "nearest", "mean", "expected")
 
 
+def flips_between(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.uint8]:
+    """(len(a), len(b)) how many bits the bytes of two lists of codes differ in."""
+    return np.asarray(np.bitwise_count(a.astype(np.uint8)[:, None] ^ b.astype(np.uint8)))
+
+
 @dataclass(frozen=True, kw_only=True)
-class Checked(Encoding):
+class ByByte(Encoding):
+    """Each byte is read by itself."""
+
+    @cached_property
+    def table(self) -> Codes:
+        """(256,) what each byte is read as."""
+        raise NotImplementedError
+
+    def decode(self, stored: Codes) -> Codes:
+        return self.table[stored]
+
+    def expected(self, sources: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """(256,) mean of the levels that each byte may have come from, `sources` (256, levels),
+        weighted by how common they are; 0 where there is none."""
+        weight = np.where(sources, np.exp(-0.5 * (self.levels / (self.limit / 3)) ** 2), 0.0)
+        total = np.maximum(weight.sum(axis=1), np.finfo(np.float64).tiny)
+        return np.asarray(weight @ self.levels / total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked(ByByte):
     """Codes stored as they are; some bytes are never stored, and known to be bad when read."""
 
     kind: ClassVar[str]
@@ -52,22 +77,14 @@ class Checked(Encoding):
         if self.policy == "nearest":
             bad = self.nearest(bad).astype(np.float64)
         elif self.policy == "expected":
-            bad = self._expected()
+            bad = self.expected(flips_between(ALL, self.levels) == 1)
         else:
             bad = np.zeros(256)
         return np.where(self.good, ALL, np.rint(bad)).astype(np.int8)
 
-    def _expected(self) -> NDArray[np.float64]:
-        levels = self.levels
-        common = np.exp(-0.5 * (levels / (self.limit / 3)) ** 2)
-        flips = np.bitwise_count(ALL.view(np.uint8)[:, None] ^ levels.astype(np.uint8))
-        weight = np.where(flips == 1, common, 0.0)
-        total = np.maximum(weight.sum(axis=1), np.finfo(np.float64).tiny)
-        return np.asarray(weight @ levels / total)
-
     def decode(self, stored: Codes) -> Codes:
         if self.policy != "mean":
-            return self.table[stored]
+            return super().decode(stored)
         total, count = self._sums(stored)
         return self._or_mean(stored, total, count)
 

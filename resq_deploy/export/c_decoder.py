@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resq_deploy.encoding import Checked, Encoding, InPlaceSecded, Saf, secded
+from resq_deploy.encoding import ByByte, Checked, Encoding, InPlaceSecded, secded
 from resq_deploy.export.c_arrays import integers, lines
 
 HEADER = """\
@@ -81,7 +81,7 @@ def sources(encoding: Encoding) -> dict[str, bytes]:
         ]
         body = SECDED
     else:
-        assert isinstance(encoding, Checked | Saf)
+        assert isinstance(encoding, ByByte)
         arrays, body = [_array("int8_t", "table", encoding.table)], TABLE
         if isinstance(encoding, Checked) and encoding.policy == "mean":
             arrays.append(_array("uint8_t", "good", encoding.good))

@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from resq_deploy.encoding import Checked, Encoding, InPlaceSecded, Saf, secded
+from resq_deploy.encoding import ByByte, Checked, Encoding, InPlaceSecded, secded
 from resq_deploy.errors import InputError
 from resq_deploy.export.graph import replace_input
 
@@ -131,7 +131,7 @@ def attach(
         elif isinstance(encoding, Checked) and encoding.policy == "mean":
             _mean(decoder, encoding, codes.ndim)
         else:
-            assert isinstance(encoding, Checked | Saf)
+            assert isinstance(encoding, ByByte)
             _table(decoder, encoding.table)
         nodes += decoder.nodes
     network = list(model.graph.node)
