@@ -33,6 +33,7 @@ ROWS = (
     ("guard:expected", "none"),
     ("parity:nearest", "none"),
     ("guard:nearest", "none"),
+    ("hamming", "none"),
 )
 
 

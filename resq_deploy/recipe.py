@@ -324,7 +324,7 @@ class Recipe(_Section):
                 "model.profile = asymmetric-tensor goes with 8-bit weights and fault.encoding = "
                 f"plain, got {model.weight_bits} bits and {stored}"
             )
-        if fault.method == "advbet" and isinstance(encoding.parse(stored), encoding.InPlaceSecded):
+        if fault.method == "advbet" and encoding.parse(stored).corrects:
             raise ValueError(
                 f"fault.method = advbet has no worst bit where fault.encoding = {stored} corrects "
                 "each: take randbet"

@@ -81,6 +81,13 @@ class TestContract:
             one = bits.flip_sites(stored, np.array([at]), np.array([bit]))
             assert found.flat[at] == kind.decode(one).flat[at]
 
+    def test_it_says_whether_every_lone_flip_is_undone(self, name: str) -> None:
+        kind = encoding.parse(name)
+        codes_ = weight(kind, (8, 8))
+        stored = kind.encode(codes_)
+        undone = [np.array_equal(kind.struck_alone(stored, bit), codes_) for bit in range(8)]
+        assert all(undone) == kind.corrects
+
     def test_name_and_documentation(self, name: str) -> None:
         assert encoding.parse(name).name == name
         text = (Path(__file__).parents[1] / "docs/encoding.md").read_text(encoding="utf-8")
@@ -462,11 +469,12 @@ def test_worst_flips_are_those_of_the_stored_bits(saved: Path, name: str) -> Non
     np.testing.assert_allclose(sorted(struck, reverse=True), best, rtol=1e-4)
 
 
-def test_four_bits_and_worst_flips_of_a_correcting_code_are_refused(saved: Path) -> None:
-    with pytest.raises(InputError, match="encoding secded is for 8-bit weights"):
-        quantize(build("resnet8", n_classes=2, in_channels=1), weight_bits=4, encoding="secded")
-    net, _ = checkpoint.load(saved, encoding="secded")
-    with pytest.raises(InputError, match="encoding secded corrects single flips"):
+@pytest.mark.parametrize("name", ["secded", "hamming"])
+def test_four_bits_and_worst_flips_of_a_correcting_code_are_refused(name: str, saved: Path) -> None:
+    with pytest.raises(InputError, match=f"encoding {name} is for 8-bit weights"):
+        quantize(build("resnet8", n_classes=2, in_channels=1), weight_bits=4, encoding=name)
+    net, _ = checkpoint.load(saved, encoding=name)
+    with pytest.raises(InputError, match=f"encoding {name} corrects single flips"):
         worst_masks(net, 3, {})
 
 

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
 from resq_deploy.attack.twin import WANTED, load_twin, strange_weight
 from resq_deploy.data.base import Dataset
-from resq_deploy.encoding import InPlaceSecded
 from resq_deploy.errors import InputError
 from resq_deploy.inject import discovery, inject, plans
 from resq_deploy.inject.memory import Memory
@@ -144,10 +143,10 @@ class _File:
     def _check(self, net: nn.Module) -> None:
         """InputError unless the file stores the codes of the twin, a byte for each."""
         encoding = encoding_of(net)
-        if isinstance(encoding, InPlaceSecded):
+        if encoding.corrects:
             raise InputError(
                 f"the weights are stored as {encoding.name}, which corrects single flips; the "
-                "search looks at one bit at a time and goes with encodings that decode byte by byte"
+                "search looks at one bit at a time and finds nothing there"
             )
         packed = [t.name for t in self._memory.space.tensors if t.dtype in bits.PACKED]
         if packed:

@@ -31,6 +31,8 @@ class Encoding:
 
     limit: ClassVar[int] = 127
     """The scale of a channel maps max|w| to this code."""
+    corrects: ClassVar[bool] = False
+    """Is a flip that strikes alone undone?"""
 
     @property
     def name(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +39,8 @@ class Hamming(ByByte):
     extended Hamming code, and Hsiao's for 4 data bits. A byte is read as the level whose word is
     the fewest flips away; where several are, as their mean (two flips leave 4 of them as near).
     """
+
+    corrects: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

@@ -63,6 +63,7 @@ class InPlaceSecded(Encoding):
     """
 
     limit: ClassVar[int] = 63
+    corrects: ClassVar[bool] = True
 
     zero: bool = False
     """Read words that cannot be corrected as zeros."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from resq_deploy import bits
-from resq_deploy.encoding import Encoding, InPlaceSecded
+from resq_deploy.encoding import Encoding
 from resq_deploy.errors import InputError
 from resq_deploy.nets.quantized import codes, encoding_of, weight_layers, zero_point
 
@@ -94,7 +94,7 @@ def worst_masks(net: nn.Module, k: int, gradients: Mapping[str, Tensor]) -> dict
     """
     gains, chosen, starts = [], [], [0]
     layers, encoding, width = weight_layers(net), encoding_of(net), _width(net)
-    if isinstance(encoding, InPlaceSecded):
+    if encoding.corrects:
         raise InputError(
             f"encoding {encoding.name} corrects single flips: there is no worst one; random bit "
             "errors (fault.method = randbet) expected"
