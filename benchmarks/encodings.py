@@ -22,7 +22,7 @@ from resq_deploy.export import export
 from resq_deploy.inject import inject
 from resq_deploy.recipe import Export
 
-RATES = (1e-4, 1e-3, 3e-3, 1e-2, 2e-2)
+RATES = (1e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
 # encoding, and the protection in front of the memory
 ROWS = (
     ("plain", "none"),
@@ -34,6 +34,10 @@ ROWS = (
     ("parity:nearest", "none"),
     ("guard:nearest", "none"),
     ("hamming", "none"),
+    ("cosq:0.001", "none"),
+    ("cosq:0.01", "none"),
+    ("cosq:0.02", "none"),
+    ("cosq:0.05", "none"),
 )
 
 

@@ -205,6 +205,52 @@ def test_hamming_corrects_a_flip_and_reads_two_as_the_mean_of_the_four_likeliest
             assert abs(read - mean) <= 0.5 + 1e-9
 
 
+# --------------------------------------------------------------------------- COSQ
+
+
+def clipped_normal(n: int) -> np.ndarray:
+    """Weights as a fraction of the largest, clipped at two root mean squares."""
+    return np.clip(np.random.default_rng(0).normal(0, 0.5, n), -1, 1)
+
+
+def mean_square_error(kind: Encoding, rate: float) -> float:
+    """Of such weights under bit errors, exactly: every byte becomes every other."""
+    x = clipped_normal(4000)
+    stored = kind.encode(kind.nearest(x * kind.limit)).view(np.uint8)
+    read = kind.decode(ALL).astype(float) / kind.limit
+    flips = np.bitwise_count(stored[:, None] ^ BYTES).astype(int)
+    likely = rate**flips * (1 - rate) ** (8 - flips)
+    return float((likely * (read - x[:, None]) ** 2).sum(axis=1).mean())
+
+
+BY_BYTE = [n for n in NAMES if isinstance(encoding.parse(n), encoding.ByByte) and "mean" not in n]
+
+
+@pytest.mark.parametrize("rate", encoding.cosq.WORDS)
+def test_cosq_errs_less_than_every_other_encoding_at_its_rate(rate: str) -> None:
+    errors = {n: mean_square_error(encoding.parse(n), float(rate)) for n in ["plain", *BY_BYTE]}
+    best = f"cosq:{rate}"
+    assert min(errors, key=errors.__getitem__) == best
+    rest = [error for name, error in errors.items() if not name.startswith("cosq")]
+    assert errors[best] < 0.75 * min(rest)
+
+
+@pytest.mark.parametrize("rate", encoding.cosq.WORDS)
+def test_cosq_reads_what_is_expected_of_a_byte(rate: str) -> None:
+    """Against counting: weights stored, bits flipped, those that led to a byte averaged. (What is
+    stored without faults is read as its level.)"""
+    kind = encoding.parse(f"cosq:{rate}")
+    codes_ = kind.nearest(127 * clipped_normal(400_000))
+    struck, checked = kind.encode(codes_) ^ random_flips(codes_.shape, float(rate)), 0
+    for byte in np.setdiff1d(struck, kind.encode(kind.levels.astype(np.int8))):
+        sources = codes_[struck == byte].astype(float)
+        error = 4 * sources.std() / len(sources) ** 0.5  # four standard errors
+        if len(sources) >= 200:
+            assert abs(sources.mean() - kind.decode(ALL)[byte]) <= 0.5 + error
+            checked += 1
+    assert checked >= 10
+
+
 # --------------------------------------------------------------------------- in-place SECDED
 
 

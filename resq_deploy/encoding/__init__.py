@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from resq_deploy.encoding.base import Encoding
+from resq_deploy.encoding.cosq import WORDS, Cosq
 from resq_deploy.encoding.guard import Guard
 from resq_deploy.encoding.hamming import Hamming
 from resq_deploy.encoding.parity import EvenParity
@@ -23,6 +24,7 @@ ENCODINGS: dict[str, Callable[[], Encoding]] = {
     **{f"guard:{policy}": partial(Guard, policy=policy) for policy in POLICIES},
     **{f"parity:{policy}": partial(EvenParity, policy=policy) for policy in POLICIES},
     "hamming": Hamming,
+    **{f"cosq:{rate}": partial(Cosq, rate=rate) for rate in WORDS},
     "secded": InPlaceSecded,
     "secded:zero": partial(InPlaceSecded, zero=True),
     **{f"saf:{tau}": partial(Saf, tau=tau) for tau in TAUS},
@@ -42,6 +44,7 @@ __all__ = [
     "POLICIES",
     "ByByte",
     "Checked",
+    "Cosq",
     "Encoding",
     "EvenParity",
     "Guard",

@@ -106,7 +106,7 @@ class ToLevels(nn.Module):
         self.between = (self.levels[1:] + self.levels[:-1]) / 2
 
     def forward(self, x: Tensor) -> Tensor:
-        at = torch.bucketize(x.detach().float(), self.between.to(x.device))
+        at = torch.bucketize(x.detach().float().contiguous(), self.between.to(x.device))
         return x + (self.levels.to(x.device)[at].to(x.dtype) - x).detach()
 
 
