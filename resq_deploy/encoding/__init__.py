@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 
 from resq_deploy.encoding.base import Encoding
-from resq_deploy.encoding.cosq import WORDS, Cosq
+from resq_deploy.encoding.cosq import WORDS as COSQ_WORDS
+from resq_deploy.encoding.cosq import Cosq
 from resq_deploy.encoding.guard import Guard
 from resq_deploy.encoding.hamming import Hamming
 from resq_deploy.encoding.parity import EvenParity
@@ -24,7 +25,7 @@ ENCODINGS: dict[str, Callable[[], Encoding]] = {
     **{f"guard:{policy}": partial(Guard, policy=policy) for policy in POLICIES},
     **{f"parity:{policy}": partial(EvenParity, policy=policy) for policy in POLICIES},
     "hamming": Hamming,
-    **{f"cosq:{rate}": partial(Cosq, rate=rate) for rate in WORDS},
+    **{f"cosq:{rate}": partial(Cosq, rate=rate) for rate in COSQ_WORDS},
     "secded": InPlaceSecded,
     "secded:zero": partial(InPlaceSecded, zero=True),
     **{f"saf:{tau}": partial(Saf, tau=tau) for tau in TAUS},
