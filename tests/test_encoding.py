@@ -240,7 +240,7 @@ def test_cosq_reads_what_is_expected_of_a_byte(rate: str) -> None:
     """Against counting: weights stored, bits flipped, those that led to a byte averaged. (What is
     stored without faults is read as its level.)"""
     kind = encoding.parse(f"cosq:{rate}")
-    codes_ = kind.nearest(127 * clipped_normal(400_000))
+    codes_ = kind.nearest(127 * clipped_normal(int(4000 / float(rate))))
     struck, checked = kind.encode(codes_) ^ random_flips(codes_.shape, float(rate)), 0
     for byte in np.setdiff1d(struck, kind.encode(kind.levels.astype(np.int8))):
         sources = codes_[struck == byte].astype(float)
