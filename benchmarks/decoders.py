@@ -22,7 +22,7 @@ from onnx import numpy_helper
 from tabulate import tabulate
 
 from resq_deploy import encoding, metrics, runtime
-from resq_deploy.export import decoders
+from resq_deploy.encoding import decoders
 
 NAMES = ("parity:zero", "guard:mean", "secded", "saf:tanh")
 IMAGES = 50

@@ -19,9 +19,9 @@ from onnx.reference import ReferenceEvaluator
 
 import models
 from resq_deploy import bits, data, encoding, recipe, runtime
-from resq_deploy.encoding import Encoding, InPlaceSecded, hsiao, secded
+from resq_deploy.encoding import Encoding, InPlaceSecded, decoders, hsiao, secded
 from resq_deploy.errors import ExportError, InputError
-from resq_deploy.export import QDQ, c_decoder, checks, decoders, export
+from resq_deploy.export import QDQ, c_decoder, checks, export
 from resq_deploy.inject import discovery, memory
 from resq_deploy.inject.fast import Fast
 from resq_deploy.inject.network import Network

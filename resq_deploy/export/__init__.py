@@ -14,8 +14,9 @@ from torch import nn
 from resq_deploy import artifacts, evaluate, memory_map, metrics, runtime
 from resq_deploy.callable_module import make_callable
 from resq_deploy.data.base import Dataset, as_float
+from resq_deploy.encoding import decoders
 from resq_deploy.errors import InputError
-from resq_deploy.export import bundle, c_decoder, checks, decoders, golden
+from resq_deploy.export import bundle, c_decoder, checks, golden
 from resq_deploy.export.bundle import MANIFEST
 from resq_deploy.export.graph import capture
 from resq_deploy.export.manifest import hardening

@@ -17,7 +17,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from resq_deploy.encoding import ByByte, Checked, Encoding, InPlaceSecded, secded
 from resq_deploy.errors import InputError
-from resq_deploy.export.graph import replace_input
 
 BITWISE_OPSET = 18
 """The first with BitwiseAnd, BitwiseXor, and ReduceSum and Split as they are used here."""
@@ -115,16 +114,17 @@ def attach(
     if encoding.name == "plain":
         return
     opset = next(o.version for o in model.opset_import if o.domain == "")
-    if opset < BITWISE_OPSET:
+    if isinstance(encoding, InPlaceSecded) and opset < BITWISE_OPSET:
         raise InputError(
             f"encoding {encoding.name} needs opset {BITWISE_OPSET} or later; opset {opset} given"
         )
+    for node in model.graph.node:
+        node.input[:] = [f"{name}.read" if name in weights else name for name in node.input]
     stored = {t.name: t for t in model.graph.initializer}
     tables: dict[str, NDArray[Any]] = {}
     nodes: list[onnx.NodeProto] = []
     for name, codes in weights.items():
         stored[name].CopyFrom(numpy_helper.from_array(encoding.encode(codes), name))
-        replace_input(model.graph, name, f"{name}.read")
         decoder = _Decoder(name, tables)
         if isinstance(encoding, InPlaceSecded):
             _secded(decoder, encoding, codes.shape)
