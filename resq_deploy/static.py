@@ -12,15 +12,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, numpy_helper, version_converter
+from onnx import version_converter
 
 from resq_deploy import artifacts, runtime, seeds
 from resq_deploy.data.base import Dataset
-from resq_deploy.encoding import Encoding, decoders
-from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
 from resq_deploy.metrics import top1
 
@@ -82,42 +79,12 @@ def choose(images: Dataset, n: int) -> Dataset:
     return images.take(order[:n])
 
 
-def _encode(model: onnx.ModelProto, encoding: Encoding) -> None:
-    """Store the weights of a QDQ model as `encoding` does, rounded to its levels, in place."""
-    if encoding.name == "plain":
-        return
-    read = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    codes = {
-        tensor.name: encoding.nearest(numpy_helper.to_array(tensor).astype(np.float64))
-        for tensor in model.graph.initializer
-        if tensor.name in read and tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1
-    }
-    before = runtime.kernels(model.SerializeToString())
-    decoders.attach(model, encoding, codes)
-    if runtime.kernels(model.SerializeToString()) != before:
-        raise InputError(
-            f"onnxruntime does not fold the decoders of {encoding.name} in this model; use plain"
-        )
-
-
-def _encoding(name: str) -> Encoding:
-    """InputError for one whose scales would be others."""
-    found = parse_encoding(name)
-    if found.limit != Encoding.limit:
-        raise InputError(
-            f"encoding {name} has weights of 7 bits, whose scales onnxruntime does not choose; "
-            "expected one of 8, such as cosq:0.01, or a network of a recipe"
-        )
-    return found
-
-
-def quantize(model: Path, images: Dataset, *, out: Path, encoding: str = "plain") -> dict[str, Any]:
+def quantize(model: Path, images: Dataset, *, out: Path) -> dict[str, Any]:
     """Write OUT, an int8 QDQ file, with a JSON sidecar; returns what the sidecar holds.
 
     Weights become int8, symmetric, per channel, biases int32; activations uint8, with the range
-    that they have on `images`. Weights are stored as `encoding`, by its name, one with the scales
-    of 8 bits. The same model and images give the same bytes. Raises InputError when `model` is not
-    a float classifier for such images, or quantized already, and for another encoding.
+    that they have on `images`. The same model and images give the same bytes. Raises InputError
+    when `model` is not a float classifier for such images, or quantized already.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -129,7 +96,6 @@ def quantize(model: Path, images: Dataset, *, out: Path, encoding: str = "plain"
         def get_next(self) -> dict[str, NDArray[Any]] | None:
             return next(self.batches, None)
 
-    stored = _encoding(encoding)
     source = read(model)
     before = runtime.session(source.SerializeToString(), threads=0)
     x = runtime.adapt(images.x, before)
@@ -151,7 +117,6 @@ def quantize(model: Path, images: Dataset, *, out: Path, encoding: str = "plain"
             line = " ".join(str(error).split())[:300]
             raise InputError(f"onnxruntime cannot quantize {model}: {line}") from None
         result = onnx.load(made)
-    _encode(result, stored)
     result.ir_version, result.producer_name, result.producer_version = IR_VERSION, "resq-deploy", ""
     del result.metadata_props[:]
     for node in result.graph.node:
@@ -163,11 +128,7 @@ def quantize(model: Path, images: Dataset, *, out: Path, encoding: str = "plain"
     artifacts.write(out, lambda path: path.write_bytes(raw))
     return artifacts.seal(
         out,
-        {
-            "model_sha256": artifacts.sha256(model),
-            "calibration_sha256": images.sha256,
-            "encoding": encoding,
-        },
+        {"model_sha256": artifacts.sha256(model), "calibration_sha256": images.sha256},
         n_images=len(images),
         n_correct={"float": int(right.sum()), "int8": int((after == images.y).sum())},
         n_top1_equal=int((after == top1(scores)).sum()),

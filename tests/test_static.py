@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models import data as images
 from models import float_resnet
-from resq_deploy import artifacts, encoding, runtime, static
+from resq_deploy import artifacts, static
 from resq_deploy.cli import main
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
@@ -81,55 +81,11 @@ def test_both_engines_give_the_same_campaign(source: Path, tmp_path: Path) -> No
     assert found[0]["fault_accuracy"] == found[1]["fault_accuracy"]
 
 
-@pytest.mark.parametrize("opset", [13, 19])
-@pytest.mark.parametrize("name", ["cosq:0.01", "hamming", "parity:mean", "saf:tanh"])
-def test_encoded_weights_are_read_as_the_next_level_by_the_same_kernels(
-    name: str, opset: int, source: Path, tmp_path: Path
-) -> None:
-    """Against the plain file with its codes rounded."""
-    kind, out = encoding.parse(name), tmp_path / "encoded.onnx"
-    model = onnx.load(source)
-    model.opset_import[0].version = opset
-    onnx.save(model, source)
-    plain = static.quantize(source, images(), out=tmp_path / "q.onnx")
-    found = static.quantize(source, images(), out=out, encoding=name)
-    assert found["kernels"] == plain["kernels"] and found["inputs"]["encoding"] == name
-    rounded, stored = onnx.load(tmp_path / "q.onnx"), onnx.load(out).graph.initializer
-    as_stored = {t.name: numpy_helper.to_array(t) for t in stored}
-    n_weights = 0
-    for tensor in rounded.graph.initializer:
-        if tensor.data_type == TensorProto.INT8 and len(tensor.dims) > 1:
-            levels = kind.nearest(numpy_helper.to_array(tensor).astype(float))
-            assert np.array_equal(as_stored[tensor.name], kind.encode(levels))
-            tensor.CopyFrom(numpy_helper.from_array(levels, tensor.name))
-            n_weights += 1
-    assert n_weights == 3
-    x, outputs = images().x, []
-    for raw in (rounded.SerializeToString(), out.read_bytes()):
-        outputs.append(runtime.run(runtime.session(raw), x))
-    np.testing.assert_array_equal(*outputs)
-    campaign = inject(out, images(), out=tmp_path / "c.store", trials=20)
-    assert campaign["n_trials"] == 20
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("guard:zero", "has weights of 7 bits"), ("none", "'none' is unknown; expected one of plain")],
-)
-def test_encodings_with_other_scales_are_refused(
-    name: str, message: str, source: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(InputError, match=message):
-        static.quantize(source, images(), out=tmp_path / "q.onnx", encoding=name)
-    assert not (tmp_path / "q.onnx").exists()
-
-
 def test_the_same_bytes_in_another_process_without_torch(
     source: Path, pixels: Path, tmp_path: Path
 ) -> None:
     a, b = tmp_path / "a.onnx", tmp_path / "b.onnx"
-    arguments = ["quantize", str(source), "--data", str(pixels), "--images", "20"]
-    arguments += ["--encoding", "cosq:0.02", "--out"]
+    arguments = ["quantize", str(source), "--data", str(pixels), "--images", "20", "--out"]
     result = CliRunner().invoke(main, [*arguments, str(a), "--json", str(tmp_path / "a.json")])
     assert result.exit_code == 0, result.output
     assert "QLinearConv" in result.output and "/20 in int8" in result.output

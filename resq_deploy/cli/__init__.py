@@ -7,7 +7,7 @@ A new command stands in the module of its kind: decorate it with `@main.command(
 `@json_option`, import inside, call one function, print with `output`.
 """
 
-from resq_deploy.cli import attacks, campaigns, checks, floats, stages, workspace
+from resq_deploy.cli import attacks, campaigns, checks, stages, storage, workspace
 from resq_deploy.cli.edge import main
 
-__all__ = ["attacks", "campaigns", "checks", "floats", "main", "stages", "workspace"]
+__all__ = ["attacks", "campaigns", "checks", "main", "stages", "storage", "workspace"]

@@ -218,27 +218,17 @@ def export(
     help="That many of them, drawn without replacement.",
 )  # fmt: skip
 @click.option("--root", type=PATH, help="Folder of the data set. [$RESQ_DATA]")
-@click.option(
-    "--encoding", default="plain", show_default=True, metavar="NAME",
-    help="Store the weights so that flips do less harm: cosq:0.01, ...",
-)  # fmt: skip
 @click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="QDQ file to write.")
 @json_option
 def quantize(
-    model: Path,
-    data: str,
-    images: int,
-    root: Path | None,
-    encoding: str,
-    out: Path,
-    json_file: Path | None,
+    model: Path, data: str, images: int, root: Path | None, out: Path, json_file: Path | None
 ) -> None:
     """Quantize the float ONNX file MODEL to int8 (QDQ, per channel); no PyTorch, no training."""
     from resq_deploy import data as sets
     from resq_deploy import static
 
     chosen = static.choose(sets.load_split(data, root, "train"), images)
-    found = static.quantize(model, chosen, out=out, encoding=encoding)
+    found = static.quantize(model, chosen, out=out)
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
     right, n = found["n_correct"], found["n_images"]
     click.echo(

@@ -1,4 +1,4 @@
-"""Float ONNX files that bear faults: `store`."""
+"""How weights are stored, without training: `store` for floats, `encode` for int8."""
 
 from __future__ import annotations
 
@@ -48,4 +48,20 @@ def store(
     found = floats.store(model, out=out, images=chosen, show=progress.bar, **options)
     click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
     click.echo(f"{out}: {found['sha256']}; faults: inject --target {found['target']}")
+    emit_json(found, json_file)
+
+
+@main.command()
+@click.argument("model", type=PATH)
+@click.option("--as", "encoding", required=True, metavar="NAME", help="cosq:0.01, hamming, ...")
+@click.option("--out", type=OUT_PATH, required=True, metavar="FILE", help="ONNX file to write.")
+@json_option
+def encode(model: Path, encoding: str, out: Path, json_file: Path | None) -> None:
+    """Store the int8 weights of the quantized ONNX file MODEL in an encoding; no training."""
+    from resq_deploy import encode as stage
+
+    found = stage.encode(model, out=out, encoding=encoding)
+    click.echo("kernels: " + ", ".join(f"{n} {op}" for op, n in found["kernels"].items()))
+    click.echo(f"{found['n_bytes']:,} weights moved by {found['rms_change']:.2f} steps (rms)")
+    click.echo(f"{out}: {found['sha256']}")
     emit_json(found, json_file)
