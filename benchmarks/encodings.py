@@ -4,8 +4,14 @@
     python benchmarks/encodings.py work/baseline/checkpoint.safetensors --work work --write docs
 
 Exports one checkpoint with every encoding, without any retraining, and runs the same bit error
-rates on every file. Rows that store as many bits see the same fault patterns. Campaigns that exist
-in the work folder go on where they stopped. Writes the table between the marks in encoding.md.
+rates on every file; an int8 ONNX file is stored in those that `resq-deploy encode` takes:
+
+    python benchmarks/encodings.py mlperf_tiny_resnet8_int8.onnx --data mlperf.npz --work other \\
+        --write docs
+
+mlperf.npz: see benchmarks/exhaustive.py. Rows that store as many bits see the same fault patterns.
+Campaigns that exist in the work folder go on where they stopped. Writes a table between marks in
+encoding.md.
 """
 
 from __future__ import annotations
@@ -18,6 +24,9 @@ import pages
 from tabulate import tabulate
 
 from resq_deploy import data, metrics, progress, runtime
+from resq_deploy.data.base import Dataset
+from resq_deploy.encode import encode
+from resq_deploy.encoding import Encoding, parse
 from resq_deploy.export import export
 from resq_deploy.inject import inject
 from resq_deploy.recipe import Export
@@ -61,7 +70,17 @@ def row(encoding: str, protection: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def table(rows: list[list[str]], found: dict[str, Any], name: str, draws: int) -> str:
+def made(source: Path, encoding: str, out: Path, proof: Dataset) -> Path:
+    """The file of `source` in an encoding."""
+    if source.suffix == ".onnx":
+        file = out.with_suffix(".onnx")
+        encode(source, out=file, encoding=encoding)
+        return file
+    config = Export(parity_images=100)
+    return export(source, out=out, images=proof, config=config, encoding=encoding)
+
+
+def table(rows: list[list[str]], found: dict[str, Any], name: str, given: str, draws: int) -> str:
     """All rows, and how they were made."""
     versions = ", ".join(f"{k} {v}" for k, v in runtime.versions().items() if k != "resq_deploy")
     head = ["stored as", "bytes", "clean, %", *(f"BER {rate:g}" for rate in RATES)]
@@ -75,38 +94,38 @@ def table(rows: list[list[str]], found: dict[str, Any], name: str, draws: int) -
             "95 % bootstrap interval. No retraining: codes are rounded to the levels of the",
             "encoding.",
             f"{found['cpu']['name']}; {versions}. Command: `python benchmarks/encodings.py",
-            f"CKPT --data {name} --images {n} --draws {draws}`.",
+            f"{given} --data {name} --images {n} --draws {draws}`.",
         ]
     )
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path))
 @click.option("--data", "name", default="cifar10", show_default=True)
 @click.option("--images", default=1000, show_default=True)
 @click.option("--draws", default=50, show_default=True, help="Fault patterns per rate.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Files and stores.")
 @click.option("--write", type=click.Path(path_type=Path), help="Folder of encoding.md.")
-def main(
-    checkpoint: Path, name: str, images: int, draws: int, work: Path, write: Path | None
-) -> None:
-    """Accuracy of CHECKPOINT under bit errors, by encoding."""
-    test = data.load(name).test
+def main(source: Path, name: str, images: int, draws: int, work: Path, write: Path | None) -> None:
+    """Accuracy of the checkpoint or the int8 ONNX file SOURCE under bit errors, by encoding."""
+    test, given, mark = data.load_test(name), "CKPT", "table"
+    if source.suffix == ".onnx":
+        given, mark = source.name, "other"
     few, rows, text = test.first(images), [], ""
     for encoding, protection in ROWS:
+        if source.suffix == ".onnx" and parse(encoding).limit != Encoding.limit:
+            continue
         out = work / encoding.replace(":", "-")
-        model = export(
-            checkpoint, out=out, images=test, config=Export(parity_images=100), encoding=encoding
-        )
+        model = made(source, encoding, out, test)
         store = work / f"{out.name}.{protection}.store"
         found = inject(
             model, few, out=store, fault="ber", protection=protection, rates=RATES, draws=draws,
             resume=store.exists(), show=progress.bar,
         )  # fmt: skip
         rows.append(row(encoding, protection, found))
-        text = table(rows, found, name, draws)
+        text = table(rows, found, Path(name).name, given, draws)
         if write is not None:  # after every row: the next one takes long
-            pages.put(write / "encoding.md", "table", text)
+            pages.put(write / "encoding.md", mark, text)
     click.echo(text)
 
 
