@@ -31,9 +31,9 @@ from resq_deploy.nets.quantized import calibrate, codes, encoding_of, quantize, 
 from resq_deploy.perturb.weights import bit_errors, random_masks, worst_masks
 
 NAMES = list(encoding.ENCODINGS)
-KINDS = ["guard:expected", "guard:mean", "parity:zero", "hamming", "secded", "secded:zero",
-         "saf:tanh"]  # fmt: skip
-"""One for every way in which a decoder is built."""
+KINDS = ["guard:expected", "guard:mean", "parity:zero", "hamming", "cosq:0.02", "secded",
+         "secded:zero", "saf:tanh"]  # fmt: skip
+"""One for every way in which a decoder is built, and in which levels lie."""
 BYTES = np.arange(256).astype(np.uint8)
 ALL = BYTES.view(np.int8)
 
