@@ -67,7 +67,7 @@ def design(rate: float, tries: int) -> tuple[float, NDArray[np.int64], Real]:
 
 
 @click.command()
-@click.option("--tries", default=300, show_default=True, help="Random exchanges for each rate.")
+@click.option("--tries", default=150, show_default=True, help="Random exchanges for each rate.")
 def main(tries: int) -> None:
     """Design the quantizer of every rate of `cosq.WORDS`."""
     for rate in cosq.WORDS:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resq_deploy.encoding.base import ALL, Codes
-from resq_deploy.encoding.table import ByByte, flips_between
+from resq_deploy.encoding.table import Words, flips_between
 
 SPREAD = 127 / 2
 """Weights are taken for normal with this standard deviation, in code steps, cut off at 127: what
@@ -66,7 +66,7 @@ def becomes(rate: float) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cosq(ByByte):
+class Cosq(Words):
     """A byte is read as the mean of the weights that it may have come from at the rate it is made
     for; those of WORDS, which fault-free memory holds, as their levels.
 
@@ -85,12 +85,8 @@ class Cosq(ByByte):
         return np.array(list(WORDS[self.rate]))
 
     @cached_property
-    def words(self) -> NDArray[np.int64]:
-        """The byte of each level."""
-        return np.array(list(WORDS[self.rate].values()))
-
-    def encode(self, codes: Codes) -> Codes:
-        return ALL[self.words[np.searchsorted(self.levels, codes)]]
+    def words(self) -> Codes:
+        return ALL[list(WORDS[self.rate].values())]
 
     @cached_property
     def table(self) -> Codes:
@@ -100,6 +96,3 @@ class Cosq(ByByte):
         read = np.rint(self.levels @ weight / weight.sum(axis=0))
         read[self.words] = self.levels
         return np.asarray(read.astype(np.int8))
-
-    def unprotected(self, size: int) -> int:
-        return 0

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from resq_deploy.encoding import hsiao
 from resq_deploy.encoding.base import ALL, Codes
-from resq_deploy.encoding.table import ByByte, flips_between
+from resq_deploy.encoding.table import Words, flips_between
 
 STEP = 18
 """Between levels: the largest of which 7 fit in 127."""
@@ -27,12 +27,8 @@ def word(data: int) -> int:
     return checks << 4 | data
 
 
-WORDS = np.array([word(data % 16) for data in range(-7, 8)], np.uint8).view(np.int8)
-"""Of the levels, ascending."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class Hamming(ByByte):
+class Hamming(Words):
     """Weights of 4 bits in a byte: one flip is corrected, of more the likeliest is read.
 
     The word of a level k STEP is that of the 4 bits of k in an (8, 4) code with distance 4: the
@@ -50,13 +46,11 @@ class Hamming(ByByte):
     def levels(self) -> NDArray[np.int64]:
         return STEP * np.arange(-7, 8)
 
-    def encode(self, codes: Codes) -> Codes:
-        return WORDS[codes.astype(np.int64) // STEP + 7]
+    @cached_property
+    def words(self) -> Codes:
+        return np.array([word(data % 16) for data in range(-7, 8)], np.uint8).view(np.int8)
 
     @cached_property
     def table(self) -> Codes:
-        flips = flips_between(ALL, WORDS)
+        flips = flips_between(ALL, self.words)
         return np.rint(self.expected(flips == flips.min(axis=1, keepdims=True))).astype(np.int8)
-
-    def unprotected(self, size: int) -> int:
-        return 0

@@ -1,4 +1,4 @@
-"""Encodings that read each byte by itself, from a table; and those that know bad bytes.
+"""Encodings that read each byte by itself, from a table.
 
 A byte is bad when no fault-free memory holds it. How it is read is the policy: `zero`; the level
 `nearest` to it; the `mean` of the good bytes of its output channel, rounded half to even; or what
@@ -47,6 +47,22 @@ class ByByte(Encoding):
         weight = np.where(sources, np.exp(-0.5 * (self.levels / (self.limit / 3)) ** 2), 0.0)
         total = np.maximum(weight.sum(axis=1), np.finfo(np.float64).tiny)
         return np.asarray(weight @ self.levels / total)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words(ByByte):
+    """Every level has a byte of its own, its word, chosen for what flips make of it."""
+
+    @cached_property
+    def words(self) -> Codes:
+        """Of the levels, ascending."""
+        raise NotImplementedError
+
+    def encode(self, codes: Codes) -> Codes:
+        return self.words[np.searchsorted(self.levels, codes)]
+
+    def unprotected(self, size: int) -> int:
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
