@@ -8,7 +8,7 @@ from typing import Any
 
 TINY: dict[str, dict[str, Any]] = {
     "data": {"name": "digits", "augment": "none", "calibration": "tiny"},
-    "model": {"net": "resnet8"},
+    "model": {"net": "resnet8", "width": 0.5},
     "float": {"epochs": 4, "batch": 64, "lr": 0.1},
     "baseline": {"epochs": 1, "batch": 128, "lr": 0.01},
     "attack": {"epochs": 2, "batch": 128, "lr": 0.01, "epsilon": 0.05},
