@@ -27,6 +27,9 @@ HEAD = """\
 Written by `python benchmarks/results.py RUN...` from the stores of finished runs; the numbers
 behind the tables stand in [results/](results). Each table says its n, intervals, versions and
 hardware. Fault patterns, and the images under attack, are the same for every column of a table.
+
+What each method does alone, one row a method: [methods-table.md](methods-table.md), where stronger
+ways of storing weights than in these runs stand too.
 """
 
 
