@@ -20,7 +20,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     folder, done = folder / "tiny", folder / "tiny.done"
     with FileLock(f"{folder}.lock"):
         if not done.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)  # another process may have failed here: go on
             pipeline.run(recipe.load(write_recipe(folder)), out=folder / "run", workers=1)
             done.touch()
     return folder / "run"
