@@ -175,6 +175,20 @@ class Attack(Training):
     feature_weight: float = Field(1.0, ge=0, description="weight of the feature term")
     distance: Literal["cosine", "mse"] = Field("cosine", description="feature distance D")
     discriminator_lr: float = Field(1e-3, gt=0, description="learning rate of afd's discriminator")
+    graft: Fraction = Field(
+        0.0,
+        description="share of the channels before ReLUs that are made linear first, those that "
+        "matter least (linearity grafting)",
+    )
+
+    @model_validator(mode="after")
+    def _grafting_needs_the_stage(self) -> Attack:
+        if self.graft and not self.epochs:
+            raise ValueError(
+                f"graft = {self.graft:g} is done at the start of this stage, which has no epochs; "
+                "give it some, or leave graft out"
+            )
+        return self
 
 
 def _known_encoding(name: str) -> str:
@@ -329,10 +343,14 @@ class Recipe(_Section):
                 f"fault.method = advbet has no worst bit where fault.encoding = {stored} corrects "
                 "each: take randbet"
             )
-        if self.adjust.activations and model.profile != "float-channel":
-            raise ValueError(
-                f"adjust.activations needs model.profile = float-channel, not {model.profile}"
-            )
+        for field, given in (
+            ("adjust.activations", self.adjust.activations),
+            ("attack.graft", self.attack.graft),
+        ):
+            if given and model.profile != "float-channel":
+                raise ValueError(
+                    f"{field} needs model.profile = float-channel, not {model.profile}"
+                )
         if self.export.weights == "int4" and not small:
             raise ValueError("export.weights = int4 needs model.weight_bits = 4")
         return self

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from resq_deploy import artifacts, data, encoding, recipe
-from resq_deploy.adjust import _output_means, adjust, confirm, correct_biases
+from resq_deploy import artifacts, data, encoding, evaluate, recipe
+from resq_deploy.adjust import adjust, confirm, correct_biases
 from resq_deploy.adjust.bench import Bench
-from resq_deploy.adjust.search import clip, groups, ranges, search
+from resq_deploy.adjust.search import clip, groups, search
 from resq_deploy.errors import InputError
 from resq_deploy.nets import checkpoint
-from resq_deploy.nets.quantized import codes, weight_layers
+from resq_deploy.nets.posttraining import output_means
+from resq_deploy.nets.quantized import codes, ranges, weight_layers
 
 
 def config(**changes: object) -> recipe.Adjust:
@@ -170,10 +171,11 @@ def test_bias_correction_restores_the_mean_outputs(fault: Path) -> None:
     with torch.no_grad():
         for layer in weight_layers(net).values():
             layer.weight.copy_(clip(layer.weight, 0.5))  # type: ignore[union-attr, operator, arg-type]
-    target = _output_means(reference, images())
-    off = _output_means(net, images())
+    x = evaluate.tensor(images().x)
+    target = output_means(reference, x)
+    off = output_means(net, x)
     correct_biases(net, reference, images())
-    after = _output_means(net, images())
+    after = output_means(net, x)
     for name in target:
         error, was = (
             (after[name] - target[name]).abs().max(),

@@ -17,7 +17,7 @@ from qonnx.custom_op.general.quant import quant
 from torch import nn
 
 from resq_deploy import artifacts, memory_map, quantize, recipe, runtime, store
-from resq_deploy.adjust import Terms, _output_means, search
+from resq_deploy.adjust import Terms, search
 from resq_deploy.data import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.export import checks, output_step
@@ -26,6 +26,7 @@ from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.export.tflite import Unsupported, tflite
 from resq_deploy.inject import discovery, inject
 from resq_deploy.nets import NETS, build, checkpoint, names
+from resq_deploy.nets.posttraining import output_means
 from resq_deploy.nets.quantized import (
     QuantAdd,
     calibrate,
@@ -386,13 +387,12 @@ def test_weight_bits_without_a_quantizer_are_refused() -> None:
 
 def test_mean_outputs_count_tokens(int8: Callable[[str], nn.Module]) -> None:
     """A bias that is off by 1 shows as a mean that is off by 1, however many tokens there are."""
-    images = Dataset(name="x", x=np.round(X.numpy() * 255).astype(np.uint8), y=np.zeros(16, int))
     net = copy.deepcopy(int8("swin_tiny"))
     name = "features.1.0.attn.qkv"
-    before = _output_means(net, images)[name]
+    before = output_means(net, X)[name]
     with torch.no_grad():
         weight_layers(net)[name].bias += 1  # type: ignore[operator]
-    after = _output_means(net, images)[name]
+    after = output_means(net, X)[name]
     torch.testing.assert_close(after, before + 1, rtol=0, atol=1e-3)
 
 

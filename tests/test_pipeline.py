@@ -239,6 +239,9 @@ def test_test_images_calibrate_only_where_there_are_no_others(tmp_path: Path) ->
          "fault.method = advbet has no worst bit where fault.encoding = secded:zero corrects each"),
         ({"model": {"profile": "po2-channel"}, "adjust": {"activations": True}},
          "adjust.activations needs model.profile = float-channel, not po2-channel"),
+        ({"model": {"profile": "po2-channel"}, "attack": {"graft": 0.1}},
+         "attack.graft needs model.profile = float-channel, not po2-channel"),
+        ({"attack": {"graft": 0.1, "epochs": 0}}, "graft = 0.1 is done at the start of this stage"),
         ({"export": {"weights": "int4"}}, "export.weights = int4 needs model.weight_bits = 4"),
     ],
 )  # fmt: skip

@@ -7,14 +7,12 @@ choosing the new scale c max|w| / 127: a flipped bit then moves the weight by le
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from resq_deploy import artifacts, evaluate, metrics, recipe
 from resq_deploy.adjust.bench import SHARE, Bench, Terms, allowed
@@ -22,7 +20,8 @@ from resq_deploy.adjust.search import search
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError
 from resq_deploy.nets import checkpoint
-from resq_deploy.nets.quantized import codes, value, weight_layers
+from resq_deploy.nets.posttraining import match_mean, output_means
+from resq_deploy.nets.quantized import codes, weight_layers
 
 METHOD = 2
 """Raised with every change that moves a result: artefacts of another method are made again."""
@@ -34,39 +33,15 @@ def _histogram(layer: nn.Module) -> list[int]:
     return [int(n) for n in counts]
 
 
-def _output_means(net: nn.Module, images: Dataset) -> dict[str, Tensor]:
-    """Mean over images and positions (pixels, tokens) of what every weight layer returns."""
-    layers = weight_layers(net)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            y = value(out).transpose(0, 1).flatten(1).double()  # (channels, images x positions)
-            sums[name] = sums.get(name, torch.zeros(())) + y.sum(dim=1)
-            counts[name] = counts.get(name, 0) + y.shape[1]
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(keep(name)).remove)
-        evaluate.logits(net, images.x)
-    return {name: total / counts[name] for name, total in sums.items()}
-
-
-@torch.no_grad()
 def correct_biases(net: nn.Module, reference: nn.Module, images: Dataset) -> None:
     """Shift biases in place so that every layer's mean output per channel is the reference's.
 
     Layer by layer in network order (Nagel et al., arXiv 1906.04721, section 4.2), because
     each correction changes what the next layers see.
     """
-    target = _output_means(reference, images)
-    for name, layer in weight_layers(net).items():
-        shift = target[name] - _output_means(net, images)[name]
-        bias = cast(Tensor, layer.bias)
-        bias += shift.to(bias.dtype)
+    x = evaluate.tensor(images.x)
+    for name, target in output_means(reference, x).items():
+        match_mean(net, name, target, x)
 
 
 def adjust(

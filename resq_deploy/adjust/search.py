@@ -8,13 +8,12 @@ from functools import partial
 from types import EllipsisType
 from typing import Any, cast
 
-import brevitas.nn as qnn
 import torch
 from torch import Tensor, nn
 
 from resq_deploy import progress, recipe
 from resq_deploy.adjust.bench import Bench, allowed
-from resq_deploy.nets.quantized import weight_layers
+from resq_deploy.nets.quantized import ranges, weight_layers
 
 
 def clip(w: Tensor, ratio: float) -> Tensor:
@@ -43,15 +42,6 @@ def groups(w: Tensor, config: recipe.Adjust) -> list[Tensor]:
     peaked = rows.abs().amax(dim=1) / rows.square().mean(dim=1).sqrt().clamp_min(1e-12)
     order = peaked.argsort(descending=True, stable=True)
     return [group.sort().values for group in order.chunk(min(config.channel_groups, len(w)))]
-
-
-def ranges(net: nn.Module) -> dict[str, Tensor]:
-    """The upper ends of what ReLU quantizers represent, by module name; those that are fixed
-    (ReLU6) are left out. Scales that are powers of two keep their logarithm here: not for them."""
-    suffix = ".act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
-    found = dict(net.named_parameters())
-    relus = [name for name, module in net.named_modules() if isinstance(module, qnn.QuantReLU)]
-    return {name: found[name + suffix] for name in relus if name + suffix in found}
 
 
 @dataclass(frozen=True, kw_only=True)

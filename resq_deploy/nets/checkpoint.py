@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from resq_deploy import artifacts
 from resq_deploy.errors import InputError
 from resq_deploy.nets import build, quantizers
-from resq_deploy.nets.quantized import quantize
+from resq_deploy.nets.quantized import RANGE, quantize
 from resq_deploy.nets.steps import assemble
-
-RANGE = ".act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
-"""In the name of an activation's range in a state dict."""
 
 OF_QUANTIZE = ("weight_bits", "encoding", "profile", "packed")
 """What `net` in a sidecar says beside how the float network is made: arguments of `quantize`."""

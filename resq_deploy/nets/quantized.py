@@ -46,6 +46,8 @@ class QuantAdd(nn.Module):
 
 
 WEIGHT_LAYERS = (qnn.QuantConv2d, qnn.QuantLinear)
+RANGE = ".act_quant.fused_activation_quant_proxy.tensor_quant.scaling_impl.value"
+"""In the name of an activation's range in a state dict."""
 
 
 def value(x: Tensor | QuantTensor) -> Tensor:
@@ -58,6 +60,15 @@ class MarkerTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (Boundary, Add)) or super().is_leaf_module(m, module_qualified_name)
+
+
+class QuantTracer(fx.Tracer):
+    """Traces an int8 network without looking into what `quantize` put in the place of layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        ours = isinstance(m, QuantAdd | islands.GELU | islands.LayerNorm | islands.Softmax)
+        made = ours or type(m).__module__.startswith("brevitas.")
+        return made or super().is_leaf_module(m, module_qualified_name)
 
 
 def fold(net: nn.Module) -> nn.Module:
@@ -184,6 +195,14 @@ def calibrate(net: nn.Module, x: Tensor, *, batch: int = 128) -> None:
 def weight_layers(net: nn.Module) -> dict[str, nn.Module]:
     """The layers whose stored weights are int8, by name, in the order of the network."""
     return {n: m for n, m in net.named_modules() if isinstance(m, WEIGHT_LAYERS)}
+
+
+def ranges(net: nn.Module) -> dict[str, Tensor]:
+    """The upper ends of what ReLU quantizers represent, by module name; those that are fixed
+    (ReLU6) are left out. Scales that are powers of two keep their logarithm here: not for them."""
+    found = dict(net.named_parameters())
+    relus = [name for name, module in net.named_modules() if isinstance(module, qnn.QuantReLU)]
+    return {name: found[name + RANGE] for name in relus if name + RANGE in found}
 
 
 def encoding_of(net: nn.Module) -> Encoding:

@@ -18,6 +18,7 @@ from resq_deploy.nets.quantized import calibrate, quantize
 from resq_deploy.recipe import Recipe
 from resq_deploy.train.attacks import ATTACKS
 from resq_deploy.train.faults import FAULTS, Clip
+from resq_deploy.train.grafting import clipped, graft
 from resq_deploy.train.loop import fit, precision
 from resq_deploy.train.objectives import CrossEntropy
 
@@ -167,6 +168,8 @@ def train(
         return final
     net, arguments = _start(recipe, stage, start, images)
     config = getattr(recipe, stage)
+    share = recipe.attack.graft if stage == "attack" else 0
+    grafted = graft(net, images[1], share) if share else {}
     objective = objective_of(recipe, stage)
     history: list[dict[str, float]] = []
     if _trains(recipe, stage):
@@ -184,6 +187,8 @@ def train(
         "precision": precision(device),
         "threads": torch.get_num_threads(),
     }
+    if grafted:
+        facts["graft"] = {"channels": grafted, "clipped": clipped(net, grafted, images[1])}
     if isinstance(objective, Clip):
         facts["criticality"] = objective.criticality.ranking(net) if history else []
     checkpoint.save(final, net, inputs=inputs, **facts)
