@@ -194,6 +194,54 @@ def test_logits_of_the_attacked_twin_never_tie(trained: Trained) -> None:
     assert (_Logits(net, 10)(x).diff(dim=1) < 0).all()
 
 
+def test_square_runs_every_image_once_and_finds_what_it_found(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One image a query, where ART asks for three; oracle: without a memory."""
+    from resq_deploy.attack import toolbox
+
+    few, queries = trained.test.first(6), 25
+    plain = trained.target()
+    ran: list[int] = []
+
+    def counted(x: Any) -> Any:
+        ran.append(len(x))
+        return plain.scores(x)
+
+    target = replace(plain, scores=counted)
+    made = registry.make(["square"], replace(BUDGET, queries=queries))["square"]
+    found = made(target, few.x, few.y, epsilon=0.02, seed=0)
+    assert sum(ran) <= len(few) * (queries + 3)
+    monkeypatch.setattr(
+        toolbox, "_Scores", lambda target: lambda x: target.scores(toolbox._pixels(x))
+    )
+    ran.clear()
+    assert np.array_equal(found, made(target, few.x, few.y, epsilon=0.02, seed=0))
+    assert sum(ran) > 2 * queries
+
+
+@pytest.mark.parametrize("name", ["apgd", "apgd-dlr"])
+def test_apgd_runs_the_twin_once_a_step_and_finds_what_it_found(
+    name: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Oracle: every call a run of its own, nearly twice as many.
+
+    Where the step size is halved, 8 times, APGD may go back to the best images.
+    """
+    from resq_deploy.attack import toolbox
+
+    few, target, runs = trained.test.first(6), trained.target(), [0]
+    target.net.register_forward_hook(lambda *_: runs.append(runs.pop() + 1))
+    made = registry.make([name], replace(BUDGET, steps=8))[name]
+    found = made(target, few.x, few.y, epsilon=0.02, seed=0)
+    steps = toolbox.MORE_STEPS * 8
+    assert runs[0] <= steps + 8 + 4, runs
+    monkeypatch.setattr(toolbox._Logits, "forward", toolbox._Logits._run)
+    runs[0] = 0
+    assert np.array_equal(found, made(target, few.x, few.y, epsilon=0.02, seed=0))
+    assert runs[0] >= 2 * steps - 2, runs
+
+
 # ------------------------------------------------------------------------- the command
 
 
