@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -255,6 +255,28 @@ def test_equalizing_keeps_the_function_and_changes_weights() -> None:
     torch.testing.assert_close(equal(X), traced(X), rtol=1e-4, atol=1e-5)
     assert not torch.equal(equal.state_dict()["block.conv1.0.weight"],
                            fold(traced).state_dict()["block.conv1.0.weight"])  # fmt: skip
+
+
+@pytest.mark.parametrize("saturating", [nn.Hardswish, nn.ReLU6])
+def test_what_saturates_does_so_while_ranges_are_found(saturating: type[nn.Module]) -> None:
+    """Far beyond its bend; the layers behind would else be scaled for values that never are.
+
+    The error was 0.89 of a deviation behind Hardswish, 0.020 behind ReLU6.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 8, 3), saturating(), nn.Conv2d(8, 8, 3), saturating(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    with torch.no_grad():
+        cast(Any, net[0]).weight *= 40
+        cast(Any, net[2]).weight *= 4
+    _, traced = trace(net.eval(), SHAPE)
+    int8 = quantize(traced)
+    calibrate(int8, X)
+    with torch.no_grad():
+        expected, found = net(X), value(int8.eval()(X))
+    assert (found - expected).abs().mean() < 0.012 * expected.std()
 
 
 def test_bias_correction_brings_mean_outputs_back() -> None:

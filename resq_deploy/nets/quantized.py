@@ -8,6 +8,8 @@ addition, quantized pooled features and logits.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import brevitas.nn as qnn
@@ -126,11 +128,16 @@ def _layer(
                 "ReLU6 saturates at 6, which no power of two does: use the profile po2-channel, or "
                 "float-channel"
             )
-        return cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
+        relu = cast(nn.Module, qnn.QuantReLU(act_quant=kind, return_quant_tensor=True))
+        if isinstance(old, nn.ReLU6):
+            relu.saturates = 6.0  # type: ignore[assignment]
+        return relu
     elif isinstance(old, Add):
         return QuantAdd(old, profile.kinds["signed"])
     elif isinstance(old, UnitClip):
-        return _quantizer(profile.kinds["unit"])
+        unit = _quantizer(profile.kinds["unit"])
+        unit.saturates = 1.0  # type: ignore[assignment]
+        return unit
     elif isinstance(old, Boundary):
         return _quantizer(profile.kinds[old.kind], plain=old.plain)
     elif isinstance(old, nn.GELU):
@@ -182,12 +189,28 @@ def quantize(
     return net
 
 
+@contextmanager
+def _saturating(net: nn.Module) -> Iterator[None]:
+    """Inside the context the quantizers that stand for a clipping function clip although they are
+    off, as Brevitas has them while it calibrates; else what is behind them sees values that never
+    occur."""
+
+    def clip(module: nn.Module, args: Any) -> Any:
+        return (value(args[0]).clamp(0, cast(float, module.saturates)),)
+
+    with ExitStack() as stack:
+        for module in net.modules():
+            if hasattr(module, "saturates"):
+                stack.callback(module.register_forward_pre_hook(clip).remove)
+        yield
+
+
 @torch.no_grad()
 def calibrate(net: nn.Module, x: Tensor, *, batch: int = 128) -> None:
     """Set the scale of every activation quantizer from images x (N, C, H, W) in [0, 1]."""
     device = next(net.parameters()).device
     net.eval()
-    with calibration_mode(net):
+    with _saturating(net), calibration_mode(net):
         for start in range(0, len(x), batch):
             net(x[start : start + batch].to(device))
 
