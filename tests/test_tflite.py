@@ -21,14 +21,20 @@ from resq_deploy.export.tflite import Unsupported, codes, tflite
 from resq_deploy.recipe import Export
 
 OPTIONS = {"opset": 19, "ir_version": 10}
-SUPPORTED = {"resnet8": 0.5, "resnet20": 0.5, "resnet18": 0.125, "vgg16": 0.125,
-             "mobilenetv2": 0.125}  # fmt: skip
-"""Networks and a width at which they are small."""
+SUPPORTED: dict[str, tuple[float, str]] = {
+    "resnet8": (0.5, "float-channel"),
+    "resnet20": (0.5, "float-channel"),
+    "resnet18": (0.125, "float-channel"),
+    "vgg16": (0.125, "float-channel"),
+    "mobilenetv2": (0.125, "po2-channel"),
+}
+"""Networks, a width at which they are small, and the profile of their recipes."""
 
 
 @pytest.fixture(scope="module", params=SUPPORTED)
 def model(request: pytest.FixtureRequest) -> onnx.ModelProto:
-    net = living.network(request.param, SUPPORTED[request.param])
+    width, profile = SUPPORTED[request.param]
+    net = living.network(request.param, width, profile=profile)
     return qdq(net, (3, 32, 32), **OPTIONS)
 
 
@@ -61,10 +67,13 @@ def test_codes_are_those_of_the_qdq_file(model: onnx.ModelProto) -> None:
 def test_it_computes_the_same_network(model: onnx.ModelProto) -> None:
     """Layouts, paddings, scales and options, by the second reading in tflite_numpy.
 
-    One step: float64 here, float32 in onnxruntime, so near-ties may round otherwise.
+    One step: float64 here, float32 in onnxruntime, so near-ties may round otherwise. In a network as deep
+    as MobileNetV2 one such code moves others; with powers of two there are none.
     """
     x = images(2)
-    difference = Interpreter(tflite(model)).run(int8_nhwc(x)) - output_codes(model, x)
+    first = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
+    pixels = np.rint(x / 255 / float(stored(model)[first.input[1]])).clip(0, 255).astype(np.uint8)
+    difference = Interpreter(tflite(model)).run(int8_nhwc(pixels)) - output_codes(model, x)
     assert np.abs(difference).max() <= 1
     assert (difference == 0).mean() > 0.9
 
