@@ -67,8 +67,8 @@ def test_codes_are_those_of_the_qdq_file(model: onnx.ModelProto) -> None:
 def test_it_computes_the_same_network(model: onnx.ModelProto) -> None:
     """Layouts, paddings, scales and options, by the second reading in tflite_numpy.
 
-    One step: float64 here, float32 in onnxruntime, so near-ties may round otherwise. In a network as deep
-    as MobileNetV2 one such code moves others; with powers of two there are none.
+    One step: float64 here, float32 in onnxruntime, so near-ties may round otherwise. In a deep
+    network (MobileNetV2) one such code moves others; with powers of two there are none.
     """
     x = images(2)
     first = next(n for n in model.graph.node if n.op_type == "QuantizeLinear")
