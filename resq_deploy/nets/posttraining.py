@@ -40,7 +40,7 @@ def correct_biases(net: nn.Module, x: Tensor, *, batch: int = 128) -> None:
 @torch.no_grad()
 def output_means(net: nn.Module, x: Tensor, *, batch: int = 250) -> dict[str, Tensor]:
     """What every weight layer returns for images x (N, C, H, W): its mean over images and positions
-    (pixels, tokens), per channel, by layer name."""
+    (pixels, tokens), per channel, by layer name, in the order in which layers run."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
