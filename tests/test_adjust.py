@@ -98,12 +98,12 @@ def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves
     net, _ = checkpoint.load(fault)
     before = {n: codes(layer).clone() for n, layer in weight_layers(net).items()}
     weights = {n: layer.weight.detach().clone() for n, layer in weight_layers(net).items()}  # type: ignore[union-attr, operator]
-    options = {"granularity": "channel", "channel_groups": 2, "ratios": (0.6,), "rate": 0.02}
+    options = {"granularity": "channel", "channel_groups": 2, "ratios": (0.8,), "rate": 0.05}
     bench = Bench(net, images(), config(**options), seed=0, name="search")
-    order = ["fc", "layer3.0.conv1", "conv1"]
+    *order, untouched = weight_layers(net)
     decisions = search(net, bench, order)
     assert [d["layer"] for d in decisions] == [name for name in order for _ in range(2)]
-    assert {d["ratio"] for d in decisions} == {0.6, 1.0}  # one of each at least
+    assert {d["ratio"] for d in decisions} == {0.8, 1.0}  # one of each at least
     for d in decisions:
         here, layer = d["channels"], weight_layers(net)[d["layer"]]
         expected = clip(weights[d["layer"]][here], d["ratio"])
@@ -113,9 +113,8 @@ def test_channels_are_decided_by_themselves_and_left_alone_when_nothing_improves
             assert d["objective_after"] == d["objective_before"]
         else:
             assert d["objective_after"] < d["objective_before"]
-            assert d["scale_after"] == pytest.approx(0.6 * d["scale_before"], rel=1e-4)
-    for name in set(before) - set(order):
-        assert torch.equal(codes(weight_layers(net)[name]), before[name])
+            assert d["scale_after"] == pytest.approx(0.8 * d["scale_before"], rel=1e-4)
+    assert torch.equal(codes(weight_layers(net)[untouched]), before[untouched])
 
 
 @pytest.mark.parametrize("name", ["secded", "parity:expected"])

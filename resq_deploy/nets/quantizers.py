@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from resq_deploy.encoding import Encoding
 from resq_deploy.errors import InputError
 from resq_deploy.nets.blocks import Kind
+from resq_deploy.nets.fused import FusedIntQuant
 
 
 class Unit(Uint8ActPerTensorFloat):
     """uint8 values in [0, 1], scale fixed at 1/255: a device feeds camera bytes as they are."""
 
+    int_quant = FusedIntQuant
     scaling_impl_type = ScalingImplType.CONST
     restrict_scaling_type = RestrictValueType.FP
     scaling_init = 1.0
@@ -68,24 +70,28 @@ class UpToSixShift(Unit):
 class Unsigned(Uint8ActPerTensorFloat):
     """uint8 activations. Statistics come from `calibrate`, not from the first 300 steps."""
 
+    int_quant = FusedIntQuant
     collect_stats_steps = 1
 
 
 class Signed(Int8ActPerTensorFloat):
     """int8 activations, symmetric."""
 
+    int_quant = FusedIntQuant
     collect_stats_steps = 1
 
 
 class UnsignedShift(Uint8ActPerTensorFixedPoint):
     """uint8 activations, the scale a power of two."""
 
+    int_quant = FusedIntQuant
     collect_stats_steps = 1
 
 
 class SignedShift(Int8ActPerTensorFixedPoint):
     """int8 activations, symmetric, the scale a power of two."""
 
+    int_quant = FusedIntQuant
     collect_stats_steps = 1
 
 
