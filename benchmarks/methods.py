@@ -2,14 +2,16 @@
 
     python benchmarks/methods.py models/cifar10-resnet8.toml --epochs 1 --rows baseline,fault
     python benchmarks/methods.py models/cifar10-resnet8.toml --measure fgsm,autoattack,ber,bfa,time
-    python benchmarks/methods.py --write docs
+    python benchmarks/methods.py models/cifar10-resnet8.toml --epochs 1 --measure bfa --again
+    python benchmarks/results.py
 
 The first line trains and measures what is not there yet (it can be interrupted at any moment and
 continues; rows share the checkpoints they have in common); --epochs replaces those of the stages
 behind the float network. The second adds columns to the rows that are finished, from their files
-and twins, without training anything. The third writes docs/methods-table.md from every row in
---out, and the rows beside it; without a row in --out what docs holds is written again. Differences
-are those to the row `baseline`, paired on the same images and fault patterns.
+and twins, without training anything. The third does so for rows of docs whose checkpoints are gone:
+they are trained once more, and the columns, which the table marks, are those of what comes out. The
+fourth writes the tables of docs/results.md from every row in --out, and the rows beside it; without
+a row in --out what docs holds is written again.
 
 `autoattack` runs on the first images of the row's PGD attack, on those that withstood it: what PGD
 broke is broken. `cost` is processor time of training steps, relative to plain quantization-aware
@@ -28,13 +30,11 @@ from typing import Any
 
 import click
 import numpy as np
-from numpy.typing import NDArray
-from tabulate import tabulate
+from method_tables import pack, unpack
 
 from resq_deploy import artifacts, metrics, recipe, runtime, store
 from resq_deploy.data.base import Dataset
 from resq_deploy.errors import InputError, ResqError
-from resq_deploy.report import table
 
 HERE = Path(__file__).parent
 EPOCHS = ("baseline", "attack", "fault")
@@ -44,7 +44,7 @@ RARE = 1e-5
 """A rate at which few patterns matter: measured beside the others, and not part of the area."""
 BOTH = (1e-3, 1e-2)
 """Bit error rates under which images of PGD at the first of EPSILONS run too."""
-ABSENT = "–"
+STORED = HERE.parent / "docs" / "results" / "methods"
 
 
 def rows(names: str | None) -> list[dict[str, Any]]:
@@ -139,6 +139,8 @@ class Finished:
     """The exported file of the row `baseline`."""
     attacked: int
     """Images of `autoattack`."""
+    again: dict[str, Any] | None = None
+    """What is to be known of a second training, if the twin comes from one."""
 
     @property
     def model(self) -> Path:
@@ -178,6 +180,37 @@ def finished(base: recipe.Recipe, row: dict[str, Any], out: Path, attacked: int)
         made=plan(base, row, None), stages=row["stages"], row=artifacts.read_json(target),
         folder=folder, twin=twins[0], baseline=exported(out / "measured" / "baseline"),
         attacked=attacked,
+    )  # fmt: skip
+
+
+def trained_again(
+    base: recipe.Recipe, row: dict[str, Any], out: Path, attacked: int, epochs: int | None
+) -> Finished:
+    """A row whose checkpoint is gone, trained once more from the same recipe.
+
+    InputError unless the recipe, with `epochs`, is the one that the row was made from.
+    """
+    from resq_deploy import data
+    from resq_deploy.export import export
+
+    stored = artifacts.read_json(out / "rows" / f"{row['name']}.json")
+    made = plan(base, row, epochs, **stored["measured"])
+    if inputs_of(made, row["stages"]) != stored["inputs"]:
+        raise InputError(
+            f"row {row['name']} was not made from this recipe; its command: {stored['command']}"
+        )
+    twin, folder = checkpoint(made, row["stages"], out / "checkpoints"), out / "again" / row["name"]
+    test = data.of(made.data).test
+    model = export(twin, out=folder / "export", images=test, config=made.export)
+    logits = runtime.run(runtime.session(model.read_bytes()), test.x)
+    right = int((metrics.top1(logits) == test.y).sum())
+    return Finished(
+        made=made, stages=row["stages"], row=stored, folder=folder, twin=twin, attacked=attacked,
+        baseline=model,
+        again={
+            "model_sha256": artifacts.sha256(model), "n_correct": right, "n": len(test),
+            "versions": artifacts.versions(), "cpu": runtime.cpu_features()["name"],
+        },
     )  # fmt: skip
 
 
@@ -323,236 +356,52 @@ def measures(names: str) -> list[str]:
     return names.split(",")
 
 
-def add(of: Finished, names: list[str], target: Path) -> None:
-    """Measure what a finished row lacks of these columns, and write each into it."""
+def add(
+    target: Path, names: list[str], attacked: int, finished: Callable[[], Finished | None]
+) -> None:
+    """Measure what the row in `target` lacks of these columns, and write each into it.
+
+    `finished` is called where there is something to measure; None: nothing can be.
+    """
+    of = None
     for name in names:
-        radii = len(of.row["attack"]["radii"])
-        settings = {"attacked": of.attacked, "radii": radii} if name == "autoattack" else {}
-        if of.row.get("more", {}).get(name, {}).get("settings") != settings:
-            found = same_file(of, name, settings, target.parent)
-            if found is None:
-                click.echo(f"row {target.stem}: {name}", err=True)
-                found = {"settings": settings} | MEASURES[name](of)
-            row = artifacts.read_json(target)  # it may have got other columns meanwhile
-            artifacts.write_json(target, row | {"more": row.get("more", {}) | {name: found}})
+        row = artifacts.read_json(target)  # it may have got other columns meanwhile
+        settings = {}
+        if name == "autoattack":
+            settings = {"attacked": attacked, "radii": len(row["attack"]["radii"])}
+        if row.get("more", {}).get(name, {}).get("settings") == settings:
+            continue
+        found = same_file(row, name, settings, target.parent)
+        if found is None:
+            of = of or finished()
+            if of is None:
+                return
+            click.echo(f"row {target.stem}: {name}", err=True)
+            found = {"settings": settings} | MEASURES[name](of)
+            found |= {} if of.again is None else {"again": of.again}
+        row = artifacts.read_json(target)
+        artifacts.write_json(target, row | {"more": row.get("more", {}) | {name: found}})
 
 
 def same_file(
-    of: Finished, name: str, settings: dict[str, int], rows: Path
+    of: dict[str, Any], name: str, settings: dict[str, int], rows: Path
 ) -> dict[str, Any] | None:
     """The column of another row whose file is the same, as where stage 3 changed nothing."""
     for path in sorted(rows.glob("*.json")):
         row = artifacts.read_json(path)
         found: dict[str, Any] = row.get("more", {}).get(name, {})
-        alike = all(row[key] == of.row[key] for key in ("model_sha256", "data_sha256", "measured"))
+        alike = all(row[key] == of[key] for key in ("model_sha256", "data_sha256", "measured"))
         if name != "cost" and alike and found.get("settings") == settings:
             return found
     return None
 
 
-def pack(marks: str) -> dict[str, Any]:
-    """Which images were right, as counts and as the hex digits of their bits."""
-    right = np.array([mark == "1" for mark in marks])
-    return {
-        "n_correct": int(right.sum()),
-        "n": len(right),
-        "bits": np.packbits(right).tobytes().hex(),
-    }
-
-
-def unpack(packed: dict[str, Any]) -> NDArray[np.float64]:
-    """The inverse of `pack`: 1.0 for every image that was right, else 0.0."""
-    raw = np.frombuffer(bytes.fromhex(packed["bits"]), np.uint8)
-    return np.unpackbits(raw)[: packed["n"]].astype(np.float64)
-
-
-def samples(row: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """What each column averages: one value per image or per fault pattern, in [0, 1]."""
-    more = row.get("more", {})
-    found = {"clean": unpack(row["clean"])}
-    for label, radii in (
-        ("FGSM", more.get("fgsm", {}).get("radii", [])),
-        ("PGD", row["attack"]["radii"]),
-        ("AA", more.get("autoattack", {}).get("radii", [])),
-    ):
-        found |= {f"{label} {table.epsilon_label(at['epsilon'])}": unpack(at) for at in radii}
-    faults = row["fault"]
-    if "ber" in more:
-        rare = np.array(more["ber"]["n_correct"]) / faults["n_images"]
-        found[f"BER {more['ber']['rate']:g}"] = rare
-    rates = [at["rate"] for at in faults["rates"]]
-    faulty = np.array([at["n_correct"] for at in faults["rates"]]) / faults["n_images"]
-    found |= {f"BER {rate:g}": values for rate, values in zip(rates, faulty, strict=True)}
-    if len(rates) > 1:
-        x = np.log10(rates)
-        found["area"] = np.trapezoid(faulty, x, axis=0) / (x[-1] - x[0])
-    for cell in more.get("both", {}).get("cells", []):
-        label = f"PGD {table.epsilon_label(cell['epsilon'])}, BER {cell['rate']:g}"
-        found[label] = np.array(cell["n_correct"]) / cell["n_images"]
-    return found
-
-
-def over_patterns(column: str) -> bool:
-    """Whether a column averages fault patterns, not images."""
-    return column.startswith("area") or "BER" in column
-
-
-def accuracy(column: str, values: NDArray[np.float64] | None) -> str:
-    """Mean in percent with its 95 % interval: Wilson over images, bootstrap over patterns."""
-    if values is None:
-        return ABSENT
-    if over_patterns(column):
-        found = metrics.bootstrap_mean(values)
-    else:
-        found = metrics.wilson(int(values.sum()), len(values))
-    return table.percent(vars(found))
-
-
-def difference(values: NDArray[np.float64] | None, base: NDArray[np.float64] | None) -> str:
-    """Paired difference in percentage points with its 95 % interval."""
-    if values is None or base is None or len(values) != len(base):
-        return ABSENT
-    found = metrics.bootstrap_mean(100 * (values - base))
-    return table.points({"points": found.value, "low": found.low, "high": found.high})
-
-
-def tail(values: NDArray[np.float64] | None) -> str:
-    """5 % quantile and minimum in percent."""
-    if values is None:
-        return ABSENT
-    return f"{100 * np.quantile(values, 0.05):.1f}; {100 * values.min():.1f}"
-
-
-def chance(found: dict[str, Any] | None) -> str:
-    """Flips to chance level, with interval where every search got there."""
-    if found is None:
-        return ABSENT
-    if "refused" in found:
-        return "refused"
-    flips = found["flips_to_chance"]
-    if "mean" in flips:
-        return f"{flips['mean']:.1f} [{flips['low']:.1f}, {flips['high']:.1f}]"
-    return (
-        f"more than {flips['more_than']} ({flips['n_reached']} of {flips['n_searches']} got there)"
-    )
-
-
-def costs(row: dict[str, Any]) -> list[str]:
-    """Bytes, time per image, training, flips to chance."""
-    more = row.get("more", {})
-    took, trained = more.get("time"), more.get("cost")
-    cells = [f"{row['n_bytes']:,}", ABSENT, ABSENT, ABSENT, chance(more.get("bfa"))]
-    if took is not None:
-        ratio = took["ratio"]
-        cells[1] = f"{1e6 * took['seconds']:.0f}"
-        cells[2] = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    if trained is not None:
-        cells[3] = f"{trained['epochs']:.1f}" + ", and stage 3" * trained["adjusted"]
-    return cells
-
-
-def grid(body: list[list[Any]], head: list[str]) -> str:
-    return str(tabulate(body, head, tablefmt="github", disable_numparse=True))
-
-
-def section(name: str, found: dict[str, dict[str, Any]]) -> str:
-    """The tables of one base recipe, in Markdown."""
-    first = found["baseline"]
-    same = ("data_sha256", "measured")
-    kept = {n: row for n, row in found.items() if all(row[k] == first[k] for k in same)}
-    left = sorted(found.keys() - kept.keys())
-    columns = {n: samples(row) for n, row in kept.items()}
-    # those of the row that has most: some are measured after the fact
-    names, base = list(max(columns.values(), key=len)), columns["baseline"]
-    about = [[n, row["about"], " -> ".join(row["stages"]) or "none", row["epochs"]]
-             for n, row in kept.items()]  # fmt: skip
-    aa = next((len(of[c]) for of in columns.values() for c in of if c.startswith("AA")), None)
-    versions = ", ".join(
-        f"{k} {first['versions'][k]}" for k in ("torch", "brevitas", "onnxruntime")
-    )
-    lines = [
-        f"## {name}",
-        "",
-        f"Exported int8 files in onnxruntime; {len(base['clean'])} test images for clean, "
-        f"{first['attack']['radii'][0]['n']} under attack ({first['attack']['what']}, "
-        f"white-box on the twin, replayed on the file; FGSM likewise), "
-        f"{len(first['fault']['rates'][0]['n_correct'])} fault patterns per rate on "
-        f"{first['fault']['n_images']} images; 95 % intervals. `area`: mean over log10 BER, from "
-        f"BER {first['fault']['rates'][0]['rate']:g} on. `{ABSENT}`: not measured. {versions}, "
-        f"{first['cpu']}.",
-        "",
-        *([f"AA: AutoAttack (APGD-100, APGD-DLR-100, Square with 1,000 iterations, see "
-           f"[attacks.md](attacks.md)) on the first {aa} images; what PGD broke of them is "
-           "broken.", ""] if aa else []),
-        grid(about, ["row", "what", "stages behind the baseline", "epochs per stage"]),
-        "",
-    ]  # fmt: skip
-    for title, part in (
-        ("clean and under attack", [c for c in names if not over_patterns(c)]),
-        ("under bit errors", [c for c in names if over_patterns(c) and "," not in c]),
-        ("under attack and bit errors", [c for c in names if "," in c]),
-    ):
-        if not part:
-            continue
-        levels = [[n, *(accuracy(c, of.get(c)) for c in part)] for n, of in columns.items()]
-        gains = [[n, *(difference(of.get(c), base.get(c)) for c in part)]
-                 for n, of in columns.items() if n != "baseline"]  # fmt: skip
-        lines += [
-            f"Accuracy {title}, %:",
-            "",
-            grid(levels, ["row", *part]),
-            "",
-            "Difference to `baseline` in percentage points, paired:",
-            "",
-            grid(gains, ["row", *part]),
-            "",
-        ]
-    rates = [c for c in names if c.startswith("BER")]
-    lines += [
-        "5 % quantile over patterns; worst pattern, %:",
-        "",
-        grid([[n, *(tail(of.get(c)) for c in rates)] for n, of in columns.items()],
-             ["row", *rates]),
-        "",
-        "What it costs, and adversarial bits:",
-        "",
-        grid([[n, *costs(row)] for n, row in kept.items()],
-             ["row", "bytes of weights", "µs per image", "relative to `baseline`",
-              "training, epochs", "flips to chance"]),
-        "",
-        "µs per image: processor time, one image a run, one thread. Training: what the stages "
-        "behind the baseline cost in processor time, in epochs of plain quantization-aware "
-        "training of the same network; stage 3 trains nothing and is not counted. Flips to "
-        "chance: [progressive bit search](attacks.md#adversarial-bits), 5 searches, 128 images to "
-        "attack with, 1,000 others to measure on.",
-        "",
-        *([f"Measured otherwise, and left out: {', '.join(left)}.", ""] if left else []),
-        f"Commands: `python benchmarks/methods.py models/{name}.toml {first['command']}`, then "
-        f"`--measure {','.join(MEASURES)}`.",
-        "",
-    ]  # fmt: skip
-    return "\n".join(lines)
-
-
-def write(out: Path, docs: Path) -> None:
-    """docs/methods-table.md, and the rows it was made from in docs/results/methods/."""
-    stored = docs / "results" / "methods"
-    for path in sorted(out.glob("*/rows/*.json")):
-        target = stored / path.parents[1].name / path.name
-        artifacts.write_json(target, artifacts.read_json(path))
-    order = [row["name"] for row in rows(None)]
-    parts = [
-        "# Table of methods\n",
-        "Written by `python benchmarks/methods.py --write docs`; the rows stand in\n"
-        "[results/methods](results/methods). What each method is: [methods.md](methods.md).\n",
-    ]
-    for folder in sorted(path for path in stored.glob("*") if path.is_dir()):
-        found = {path.stem: artifacts.read_json(path) for path in folder.glob("*.json")}
-        known = {name: found[name] for name in order if name in found}
-        if "baseline" in known:
-            parts.append(section(folder.name, known))
-    text = "\n".join(parts)
-    artifacts.write(docs / "methods-table.md", lambda p: p.write_text(text, encoding="utf-8"))
+def inputs_of(made: recipe.Recipe, stages: list[str]) -> dict[str, Any]:
+    """What a row is made from, as it is stored with it."""
+    inputs = made.model_dump(mode="json", exclude_unset=True) | {"stages": stages}
+    for section, path in (("data", "root"), ("data", "calibration"), ("float", "checkpoint")):
+        inputs[section].pop(path, None)  # of this machine
+    return inputs
 
 
 def work(
@@ -560,9 +409,7 @@ def work(
 ) -> None:
     """Train and measure one row, unless it is there already."""
     made = plan(base, row, epochs, **prove)
-    inputs = made.model_dump(mode="json", exclude_unset=True) | {"stages": row["stages"]}
-    for section, path in (("data", "root"), ("data", "calibration"), ("float", "checkpoint")):
-        inputs[section].pop(path, None)  # of this machine
+    inputs = inputs_of(made, row["stages"])
     target = folder / "rows" / f"{row['name']}.json"
     if target.is_file() and artifacts.read_json(target)["inputs"] == inputs:
         return
@@ -584,30 +431,46 @@ def work(
 
 
 @click.command()
-@click.argument("base", required=False, type=click.Path(path_type=Path))
+@click.argument("base", type=click.Path(path_type=Path))
 @click.option("--rows", "names", help="Rows by name, with commas.  [all]")
 @click.option("--epochs", type=int, help="Epochs of every stage.  [those of the recipe]")
 @click.option("--images", default=1000, show_default=True, help="Test images.")
 @click.option("--draws", default=50, show_default=True, help="Fault patterns per rate.")
 @click.option("--steps", default=20, show_default=True, help="PGD steps.")
 @click.option("--measure", "more", help="Only add columns to finished rows: names with commas.")
+@click.option("--again", is_flag=True, help="With --measure: train rows that are gone once more.")
 @click.option("--attacked", default=100, show_default=True, help="Images of autoattack.")
 @click.option("--out", default=Path("runs/methods"), type=click.Path(path_type=Path))
-@click.option("--write", "docs", type=click.Path(path_type=Path), help="Folder of the page.")
 def main(
-    base: Path | None, names: str | None, epochs: int | None, images: int, draws: int, steps: int,
-    more: str | None, attacked: int, out: Path, docs: Path | None,
+    base: Path, names: str | None, epochs: int | None, images: int, draws: int, steps: int,
+    more: str | None, again: bool, attacked: int, out: Path,
 ) -> None:  # fmt: skip
-    """Train and measure rows of methods.toml on a base recipe; write the table."""
+    """Train and measure rows of methods.toml on a base recipe."""
     failed = []
-    loaded = None if base is None else recipe.load(base)
-    if loaded is not None and more is not None:
+    loaded = recipe.load(base)
+    if more is not None:
         wanted = measures(more)
+        folder = out / loaded.name
+        for stored in (STORED / loaded.name).glob("*.json") if again else ():
+            if not (folder / "rows" / stored.name).is_file():
+                artifacts.write_json(folder / "rows" / stored.name, artifacts.read_json(stored))
         for row in rows(names):
-            of = finished(loaded, row, out / loaded.name, attacked)
-            if of is not None:
-                add(of, wanted, out / loaded.name / "rows" / f"{row['name']}.json")
-    elif loaded is not None:
+            target = folder / "rows" / f"{row['name']}.json"
+            if not target.is_file():
+                continue
+
+            def of(row: dict[str, Any] = row) -> Finished | None:
+                found = finished(loaded, row, folder, attacked)
+                if found is None and again:
+                    found = trained_again(loaded, row, folder, attacked, epochs)
+                return found
+
+            try:
+                add(target, wanted, attacked, of)
+            except ResqError as error:
+                click.echo(f"row {row['name']}: {error}", err=True)
+                failed.append(row["name"])
+    else:
         prove = {"images": images, "draws": draws, "steps": steps, "rates": RATES,
                  "epsilons": EPSILONS}  # fmt: skip
         for row in rows(names):
@@ -616,8 +479,6 @@ def main(
             except ResqError as error:
                 click.echo(f"row {row['name']}: {error}", err=True)
                 failed.append(row["name"])
-    if docs is not None:
-        write(out, docs)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -1,18 +1,22 @@
 """Write docs/results.md, docs/results/NAME.json and the table of README.md from finished runs.
 
     resq-deploy run models/cifar10-resnet20.toml       # and the others
+    python benchmarks/methods.py models/cifar10-resnet8.toml        # rows of the table of methods
     python benchmarks/results.py runs/cifar10-resnet20 runs/cifar10-resnet8 runs/digits-resnet8
 
 Only what the stores of the runs say: no number is typed by hand. A run whose folder is not given
-keeps what docs/results/NAME.json holds of it; without arguments the pages are written again.
+keeps what docs/results/NAME.json holds of it, a row of methods that is not in runs/methods what
+docs/results/methods holds; without arguments the pages are written again.
 """
 
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import method_tables
 import pages
 from tabulate import tabulate
 
@@ -26,10 +30,14 @@ HEAD = """\
 
 Written by `python benchmarks/results.py RUN...` from the stores of finished runs; the numbers
 behind the tables stand in [results/](results). Each table says its n, intervals, versions and
-hardware. Fault patterns, and the images under attack, are the same for every column of a table.
+hardware. Fault patterns, and the images under attack, are the same for everything in a table.
 
-What each method does alone, one row a method: [methods-table.md](methods-table.md), where stronger
-ways of storing weights than in these runs stand too.
+First what each stage of a recipe bought, from whole runs of `resq-deploy run`; then what each
+method does, one row a method, for these networks:
+
+{methods}
+
+What each method is: [methods.md](methods.md).
 """
 
 
@@ -147,20 +155,40 @@ def section(found: dict[str, Any]) -> str:
     )
 
 
+def methods(rows: Path) -> list[str]:
+    """Take over what is new in `rows`; the tables of methods, one for every network."""
+    stored = ROOT / "docs" / "results" / "methods"
+    for path in sorted(rows.glob("*/rows/*.json")):
+        target = stored / path.parents[1].name / path.name
+        artifacts.write_json(target, artifacts.read_json(path))
+    order = tomllib.loads((ROOT / "benchmarks" / "methods.toml").read_text())["row"]
+    return method_tables.sections(stored, [row["name"] for row in order])
+
+
+def anchor(heading: str) -> str:
+    """The link to a heading of the page, as it is made of its letters, digits and hyphens."""
+    kept = (c for c in heading.lower() if c.isalnum() or c in " -")
+    return "#" + "".join(kept).replace(" ", "-")
+
+
 def main(runs: list[Path]) -> None:
     """One section for every run that is given or stored, in the order of their names."""
     stored = ROOT / "docs" / "results"
     for run in runs:
         found = read(run)
         artifacts.write_json(stored / f"{found['name']}.json", found)
-    sections, rows, footers = [HEAD], [], []
+    sections: list[str] = []
+    rows, footers = [], []
     for path in sorted(stored.glob("*.json")):
         found = artifacts.read_json(path)
         found["verdict"] = {key: found["verdict"][key] for key in table.TITLES}  # JSON is sorted
         sections.append(section(found))
         rows += summary(found)
         footers.append(f"onnxruntime {found['versions']['onnxruntime']}, {found['cpu']['name']}")
-    page = "\n".join(sections)
+    tables = methods(ROOT / "runs" / "methods")
+    titles = [text.partition("\n")[0].removeprefix("## ") for text in tables]
+    links = "\n".join(f"- [{title.partition(':')[0]}]({anchor(title)})" for title in titles)
+    page = "\n".join([HEAD.format(methods=links), *sections, *tables])
     partly = any(PARTLY in row[0] for row in rows)
     artifacts.write(ROOT / "docs" / "results.md", lambda p: p.write_text(page, encoding="utf-8"))
     headers = ["recipe", "accuracy, %", "int8 baseline", "hardened", "gain, points", "n"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import runpy
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import method_tables
+import methods as rows_of
 import numpy as np
 import pytest
 import torch
@@ -39,7 +40,6 @@ from resq_deploy.train.loop import fit, weights
 from resq_deploy.train.objectives import CrossEntropy
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCH = runpy.run_path(str(ROOT / "benchmarks/methods.py"))
 
 FAULT: dict[str, Any] = {"epochs": 1, "lr": 0.01, "start_loss": 9.0}
 ATTACK: dict[str, Any] = {"epochs": 1, "lr": 0.01, "epsilon": 0.1}
@@ -266,11 +266,11 @@ def test_bit_errors_begin_below_the_start_loss_and_then_stay() -> None:
 
 def test_every_row_of_the_table_is_a_recipe_with_stages_that_exist() -> None:
     base = recipe.load(ROOT / "models/cifar10-resnet8.toml")
-    rows = BENCH["rows"](None)
+    rows = rows_of.rows(None)
     assert rows[0]["name"] == "baseline" and len({row["name"] for row in rows}) == len(rows)
     reached = set()
     for row in rows:
-        made = BENCH["plan"](base, row, 1, images=10)
+        made = rows_of.plan(base, row, 1, images=10)
         own = [row.get(stage, {}).get("epochs", 1) for stage in ("attack", "fault")]
         assert ([made.attack.epochs, made.fault.epochs], made.prove.images) == (own, 10)
         assert [s for s in ("attack", "fault", "adjust") if s in row["stages"]] == row["stages"]
@@ -278,12 +278,15 @@ def test_every_row_of_the_table_is_a_recipe_with_stages_that_exist() -> None:
         reached |= {getattr(made, s).method for s in row["stages"] if s != "adjust"}
     assert reached == set(ATTACKS) | set(FAULTS)
     with pytest.raises(InputError, match="row 'fautl' is unknown; expected one of baseline, "):
-        BENCH["rows"]("fautl")
+        rows_of.rows("fautl")
 
 
 @given(st.text("01", min_size=1, max_size=50))
 def test_packed_images_of_the_table_survive_a_round_trip(marks: str) -> None:
-    assert "".join(f"{right:.0f}" for right in BENCH["unpack"](BENCH["pack"](marks))) == marks
+    assert (
+        "".join(f"{right:.0f}" for right in method_tables.unpack(method_tables.pack(marks)))
+        == marks
+    )
 
 
 def test_autoattack_of_the_table_goes_on_where_pgd_ended(
@@ -299,37 +302,39 @@ def test_autoattack_of_the_table_goes_on_where_pgd_ended(
         return {"attacks": {"autoattack": {"members": {}, "epsilons": rows}}}
 
     monkeypatch.setattr("resq_deploy.attack.attack", attack)
-    one, two, four = BENCH["EPSILONS"][:3]
+    one, two, four = rows_of.EPSILONS[:3]
     left = {one: "11110011", two: "00000001", four: "10000000"}
-    radii = [{"epsilon": e} | BENCH["pack"](marks) for e, marks in left.items()]
-    of = BENCH["Finished"](
+    radii = [{"epsilon": e} | method_tables.pack(marks) for e, marks in left.items()]
+    of = rows_of.Finished(
         made=None, stages=[], row={"attack": {"radii": radii}}, folder=tmp_path, twin=tmp_path,
         baseline=tmp_path, attacked=6,
     )  # fmt: skip
     monkeypatch.setattr(type(of), "test", lambda self, n: images.first(n))
-    found = BENCH["autoattack"](of)["radii"]
+    found = rows_of.autoattack(of)["radii"]
     assert seen == [((one,), [0, 1, 2, 3]), ((four,), [0])]
-    marks = [BENCH["unpack"](at).tolist() for at in found]
+    marks = [method_tables.unpack(at).tolist() for at in found]
     assert [at["epsilon"] for at in found] == [one, two, four]
     assert marks == [[0, 1, 0, 1, 0, 0], [0] * 6, [0] * 6]
 
 
 def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
-    absent = BENCH["ABSENT"]
-    assert BENCH["accuracy"]("AA 1/255", None) == absent
-    assert BENCH["difference"](None, np.ones(3)) == absent == BENCH["tail"](None)
-    assert BENCH["costs"]({"n_bytes": 1234}) == ["1,234", *4 * [absent]]
+    absent = method_tables.ABSENT
+    assert method_tables.accuracy("AA 1/255", None) == absent
+    assert method_tables.difference(None, np.ones(3)) == absent == method_tables.tail(None)
+    assert method_tables.costs({"n_bytes": 1234}) == ["1,234", *4 * [absent]]
     reached = {"n_reached": 1, "n_searches": 2, "more_than": 50}
-    assert BENCH["chance"]({"flips_to_chance": reached}) == "more than 50 (1 of 2 got there)"
-    assert BENCH["chance"]({"refused": "encoded"}) == "refused"
+    assert method_tables.chance({"flips_to_chance": reached}) == "more than 50 (1 of 2 got there)"
+    assert method_tables.chance({"refused": "encoded"}) == "refused"
+    again = {"flips_to_chance": reached, "again": {}}
+    assert method_tables.chance(again) == "more than 50 (1 of 2 got there)†"
     with pytest.raises(InputError, match="column 'fgms' is unknown; expected some of fgsm, "):
-        BENCH["measures"]("time,fgms")
+        rows_of.measures("time,fgms")
 
 
 def test_attacked_images_under_bit_errors_average_patterns() -> None:
-    packed = BENCH["pack"]("1101")
+    packed = method_tables.pack("1101")
     cell = {"epsilon": 1 / 255, "rate": 0.01, "n_images": 8, "n_correct": [2, 4]}
-    found = BENCH["samples"](
+    found = method_tables.samples(
         {
             "clean": packed,
             "attack": {"radii": [{"epsilon": 1 / 255} | packed]},
@@ -339,7 +344,7 @@ def test_attacked_images_under_bit_errors_average_patterns() -> None:
     )
     assert list(found) == ["clean", "PGD 1/255", "BER 0.01", "PGD 1/255, BER 0.01"]
     assert found["PGD 1/255, BER 0.01"].tolist() == [0.25, 0.5]
-    averaged = [column for column in found if BENCH["over_patterns"](column)]
+    averaged = [column for column in found if method_tables.over_patterns(column)]
     assert averaged == ["BER 0.01", "PGD 1/255, BER 0.01"]
 
 
