@@ -33,27 +33,32 @@ def unpack(packed: dict[str, Any]) -> NDArray[np.float64]:
     return np.unpackbits(raw)[: packed["n"]].astype(np.float64)
 
 
+def measured(row: dict[str, Any], column: str) -> dict[str, Any]:
+    """A column that was added after the fact; empty where it was not."""
+    found: dict[str, Any] = row.get("more", {}).get(column, {})
+    return found
+
+
 def samples(row: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     """What each column averages: one value per image or per fault pattern, in [0, 1]."""
-    more = row.get("more", {})
     found = {"clean": unpack(row["clean"])}
-    for label, radii in (
-        ("FGSM", more.get("fgsm", {}).get("radii", [])),
-        ("PGD", row["attack"]["radii"]),
-        ("AA", more.get("autoattack", {}).get("radii", [])),
+    for label, attack in (
+        ("FGSM", measured(row, "fgsm")),
+        ("PGD", row["attack"]),
+        ("AA", measured(row, "autoattack")),
     ):
+        radii = attack.get("radii", [])
         found |= {f"{label} {table.epsilon_label(at['epsilon'])}": unpack(at) for at in radii}
     faults = row["fault"]
-    if "ber" in more:
-        rare = np.array(more["ber"]["n_correct"]) / faults["n_images"]
-        found[f"BER {more['ber']['rate']:g}"] = rare
+    if rare := measured(row, "ber"):
+        found[f"BER {rare['rate']:g}"] = np.array(rare["n_correct"]) / faults["n_images"]
     rates = [at["rate"] for at in faults["rates"]]
     faulty = np.array([at["n_correct"] for at in faults["rates"]]) / faults["n_images"]
     found |= {f"BER {rate:g}": values for rate, values in zip(rates, faulty, strict=True)}
     if len(rates) > 1:
         x = np.log10(rates)
         found["area"] = np.trapezoid(faulty, x, axis=0) / (x[-1] - x[0])
-    for cell in more.get("both", {}).get("cells", []):
+    for cell in measured(row, "both").get("cells", []):
         label = f"PGD {table.epsilon_label(cell['epsilon'])}, BER {cell['rate']:g}"
         found[label] = np.array(cell["n_correct"]) / cell["n_images"]
     return found
@@ -90,9 +95,9 @@ def tail(values: NDArray[np.float64] | None) -> str:
     return f"{100 * np.quantile(values, 0.05):.1f}; {100 * values.min():.1f}"
 
 
-def chance(found: dict[str, Any] | None) -> str:
+def chance(found: dict[str, Any]) -> str:
     """Flips to chance level, with interval where every search got there."""
-    if found is None:
+    if not found:
         return ABSENT
     if "refused" in found:
         return "refused"
@@ -122,14 +127,13 @@ def second(found: dict[str, dict[str, Any]]) -> list[str]:
 
 def costs(row: dict[str, Any]) -> list[str]:
     """Bytes, time per image, training, flips to chance."""
-    more = row.get("more", {})
-    took, trained = more.get("time"), more.get("cost")
-    cells = [f"{row['n_bytes']:,}", ABSENT, ABSENT, ABSENT, chance(more.get("bfa"))]
-    if took is not None:
+    took, trained = measured(row, "time"), measured(row, "cost")
+    cells = [f"{row['n_bytes']:,}", ABSENT, ABSENT, ABSENT, chance(measured(row, "bfa"))]
+    if took:
         ratio = took["ratio"]
         cells[1] = f"{1e6 * took['seconds']:.0f}"
         cells[2] = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    if trained is not None:
+    if trained:
         cells[3] = f"{trained['epochs']:.1f}" + ", and stage 3" * trained["adjusted"]
     return cells
 
@@ -178,8 +182,11 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     ):
         if not part:
             continue
-        levels = [[n, *(accuracy(c, of.get(c)) for c in part)] for n, of in columns.items()]
-        gains = [[n, *(difference(of.get(c), base.get(c)) for c in part)]
+        both = [n for n, row in kept.items() if "," in part[0] and "again" in measured(row, "both")]
+        names_of = {n: n + AGAIN * (n in both) for n in columns}
+        levels = [[names_of[n], *(accuracy(c, of.get(c)) for c in part)]
+                  for n, of in columns.items()]  # fmt: skip
+        gains = [[names_of[n], *(difference(of.get(c), base.get(c)) for c in part)]
                  for n, of in columns.items() if n != "baseline"]  # fmt: skip
         lines += [
             f"Accuracy {title}, %:",

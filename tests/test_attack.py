@@ -21,8 +21,10 @@ from resq_deploy import attack as attacks
 from resq_deploy.attack import bfa, registry, sanity
 from resq_deploy.attack.base import Budget, Target
 from resq_deploy.attack.bfa import Candidate
+from resq_deploy.attack.twin import load_twin
 from resq_deploy.cli import main
 from resq_deploy.data.base import Dataset
+from resq_deploy.encoding import parse as parse_encoding
 from resq_deploy.errors import InputError
 from resq_deploy.export import export
 from resq_deploy.export.qdq import qdq
@@ -594,9 +596,9 @@ def test_flips_change_the_loss_as_the_gradient_says(trained: Trained) -> None:
     file = bfa._File(trained.model.read_bytes(), net, batch)
     before = file.damage([])
     ranked = [c for c in bfa.candidates(net, {}, x, y, 200) if c.layer != "conv1"]
-    large = [c for bit in (5, 6, 7) for c in ranked if c.bit == bit][::6]
+    large = [c for bit in (5, 6, 7) for c in ranked if c.bits == (bit,)][::6]
     assert len(large) >= 15
-    changes = [file.damage([c.site]) - before for c in large]
+    changes = [file.damage(c.sites) - before for c in large]
     assert np.mean(np.array(changes) > 0) >= 0.8
     assert np.corrcoef([c.gain for c in large], changes)[0, 1] > 0.5
 
@@ -624,7 +626,7 @@ def test_candidates_are_the_best_bits_of_each_layer(trained: Trained) -> None:
     gains = np.stack([gradient.numpy() * scale * s for s in step]).reshape(8, -1)
     best = [c for c in bfa.candidates(net, {}, x, y, 5) if c.layer == "fc"]
     assert [c.gain for c in best] == pytest.approx(np.sort(gains, axis=None)[::-1][:5], rel=1e-4)
-    assert all(gains[c.bit, c.offset] == pytest.approx(c.gain, rel=1e-4) for c in best)
+    assert all(gains[*c.bits, c.offset] == pytest.approx(c.gain, rel=1e-4) for c in best)
 
 
 def test_a_flipped_bit_is_not_a_candidate_again(trained: Trained) -> None:
@@ -635,16 +637,55 @@ def test_a_flipped_bit_is_not_a_candidate_again(trained: Trained) -> None:
     masks = first.flipped({}, shape)  # type: ignore[arg-type]
     mask = masks[first.layer].numpy()
     assert int(np.bitwise_count(mask.view(np.uint8)).sum()) == 1
-    assert bits.flip_sites(np.zeros(mask.size, np.int8), [first.offset], [first.bit]).tolist() == (
-        mask.reshape(-1).tolist()
-    )
+    struck = bits.flip_sites(np.zeros(mask.size, np.int8), [first.offset], list(first.bits))
+    assert struck.tolist() == mask.reshape(-1).tolist()
     again = bfa.candidates(net, masks, x, y, 10)
-    assert (first.layer, first.offset, first.bit) not in {(c.layer, c.offset, c.bit) for c in again}
+    assert (first.layer, first.offset, first.bits) not in {
+        (c.layer, c.offset, c.bits) for c in again
+    }
+
+
+def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
+    trained: Trained, tmp_path: Path
+) -> None:
+    """Oracle: every change of every byte of a layer, by what it is read as, for each flip."""
+    model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding="hamming")
+    net, _ = load_twin(model, trained.twin)
+    batch, kind = trained.test.first(32), parse_encoding("hamming")
+    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
+    with bfa._weight_values(net) as weights:
+        bfa.damage(value(net(x)), y).backward()
+    leaf, scale = weights["fc"]
+    assert leaf.grad is not None
+    slope = (leaf.grad * scale).numpy().reshape(-1)
+    stored = kind.encode(codes(weight_layers(net)["fc"]).numpy()).reshape(-1).view(np.uint8)
+    masks = np.arange(1, 256, dtype=np.uint8)[:, None]
+    now, then = (kind.decode(at.view(np.int8)).astype(int) for at in (stored, stored ^ masks))
+    gains = slope * (then - now) / np.bitwise_count(masks)
+    best = [c for c in bfa.candidates(net, {}, x, y, 5) if c.layer == "fc"]
+    assert [c.gain for c in best] == pytest.approx(np.sort(gains, axis=None)[::-1][:5], rel=1e-4)
+    assert all(len(c.bits) >= 2 for c in best)
+    found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
+    (made,) = found["searches"]
+    assert len(made["flips"]) in (7, 8, 9) and made["n_twin_differs"] <= 2
+    assert made["flips"][-1]["n_correct"] < found["random"]["fault_accuracy"]["worst"] * 100
+    path = tmp_path / "sites.csv"
+    path.write_text(bfa.sites_csv(found))
+    replayed = inject(
+        model, trained.test.first(100), out=tmp_path / "s", sites=path, engine="reload"
+    )
+    assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
+
+
+def test_a_code_over_several_bytes_is_refused(trained: Trained, tmp_path: Path) -> None:
+    model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding="secded")
+    with pytest.raises(InputError, match="secded, which corrects single flips in words of several"):
+        bfa.bfa(model, trained.twin, trained.test, images=50, batch=50)
 
 
 def test_sign_bit_of_a_mask_is_the_sign_bit(trained: Trained) -> None:
     """Flipping bit 7 fits into an int8 mask: -128."""
-    made = Candidate(layer="fc", offset=1, bit=7, gain=1.0).flipped({}, torch.Size([2, 2]))
+    made = Candidate(layer="fc", offset=1, bits=(7,), gain=1.0).flipped({}, torch.Size([2, 2]))
     assert made["fc"].tolist() == [[0, -128], [0, 0]]
 
 

@@ -4,6 +4,9 @@ The attacker knows the network and a batch of images, and flips stored bits one 
 Each time the twin's gradients rank the bits of every layer, the first ones of each layer are
 tried on the exported file, and the flip that raises the loss of the batch most is kept. Every
 prefix of the sequence also runs on images that the attacker does not have.
+
+Where the stored bytes correct a single flip (the encoding `hamming`), the attacker flips several
+bits of a byte at once: those that raise the loss most for each flip. Every flip counts.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
 from resq_deploy.attack.twin import WANTED, load_twin, strange_weight
 from resq_deploy.data.base import Dataset
+from resq_deploy.encoding import ByByte, Encoding
+from resq_deploy.encoding.base import Codes
 from resq_deploy.errors import InputError
 from resq_deploy.inject import discovery, inject, plans
 from resq_deploy.inject.memory import Memory
@@ -47,22 +52,23 @@ RANDOM_PATTERNS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A bit that might be flipped next."""
+    """A bit that might be flipped next; several of one byte where single flips are corrected."""
 
     layer: str
     offset: int
-    bit: int
+    bits: tuple[int, ...]
     gain: float
-    """By how much the loss of the batch rises, to first order."""
+    """By how much the loss of the batch rises for each flip, to first order."""
 
     @property
-    def site(self) -> Site:
-        return Site(tensor=f"{self.layer}.weight", offset=self.offset, bit=self.bit)
+    def sites(self) -> list[Site]:
+        name = f"{self.layer}.weight"
+        return [Site(tensor=name, offset=self.offset, bit=bit) for bit in self.bits]
 
     def flipped(self, masks: Masks, shape: torch.Size) -> Masks:
-        """`masks` with this bit flipped too."""
+        """`masks` with these bits flipped too."""
         mask = masks.get(self.layer, torch.zeros(shape, dtype=torch.int8)).clone()
-        mask.view(torch.uint8).view(-1)[self.offset] ^= 1 << self.bit
+        mask.view(torch.uint8).view(-1)[self.offset] ^= sum(1 << bit for bit in self.bits)
         return {**masks, self.layer: mask}
 
 
@@ -96,8 +102,18 @@ def damage(scores: Tensor, y: Tensor) -> Tensor:
     return each.clamp(max=2 * math.log(scores.shape[1])).mean()
 
 
+def _read_after(encoding: Encoding, stored: Codes) -> Iterator[tuple[int, Codes]]:
+    """Which bits of a byte may flip together, as a mask, and what every byte is read as then."""
+    if not encoding.corrects:
+        for bit in range(8):
+            yield 1 << bit, encoding.struck_alone(stored, bit)
+    else:
+        for mask in range(1, 256):
+            yield mask, encoding.decode((stored.view(np.uint8) ^ np.uint8(mask)).view(np.int8))
+
+
 def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> list[Candidate]:
-    """The `n` bits of each layer whose flips raise `damage` most, to first order.
+    """The `n` flips of each layer that raise `damage` most, to first order and for each bit.
 
     x (N, C, H, W) in [0, 1], y (N,). A flip changes a weight by (decode(s') - decode(s)) scale,
     where s are the stored codes with `masks` applied: two's complement, or what an encoding makes
@@ -109,23 +125,20 @@ def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> li
     encoding, layers, found = encoding_of(net), weight_layers(net), []
     for (name, (_, scale)), gradient in zip(weights.items(), gradients, strict=True):
         plain = encoding.encode(codes(layers[name]).numpy()).view(np.uint8)
-        mask = masks[name].numpy().view(np.uint8) if name in masks else np.zeros_like(plain)
-        stored = plain ^ mask
-        read = encoding.decode(stored.view(np.int8)).astype(np.int16)
+        flipped = masks[name].numpy().view(np.uint8) if name in masks else np.zeros_like(plain)
+        stored = (plain ^ flipped).view(np.int8)
+        read = encoding.decode(stored).astype(np.int16)
         slope = (gradient * scale).numpy()
-        gains = np.empty((8, stored.size), np.float64)
-        for bit in range(8):
-            step = encoding.struck_alone(stored.view(np.int8), bit).astype(np.int16) - read
-            gain = np.where(mask >> bit & 1, -np.inf, slope * step)
-            gains[bit] = gain.reshape(-1)
-        best = np.argsort(-gains, axis=None, kind="stable")[:n]
-        for bit, offset in zip(*np.unravel_index(best, gains.shape), strict=True):
-            if gains[bit, offset] > 0:
-                found.append(
-                    Candidate(
-                        layer=name, offset=int(offset), bit=int(bit), gain=float(gains[bit, offset])
-                    )
-                )
+        best: list[Candidate] = []
+        for mask, after in _read_after(encoding, stored):
+            gains = slope * (after.astype(np.int16) - read) / mask.bit_count()
+            gains = np.where(flipped & mask, -np.inf, gains).astype(np.float64).reshape(-1)
+            least = max(0.0, np.partition(gains, -n)[-n]) if n < gains.size else 0.0
+            together = tuple(bit for bit in range(8) if mask >> bit & 1)
+            for offset in np.flatnonzero((gains >= least) & (gains > 0)).tolist():
+                gain = float(gains[offset])
+                best.append(Candidate(layer=name, offset=offset, bits=together, gain=gain))
+        found += sorted(best, key=lambda candidate: -candidate.gain)[:n]
     return found
 
 
@@ -143,10 +156,10 @@ class _File:
     def _check(self, net: nn.Module) -> None:
         """InputError unless the file stores the codes of the twin, a byte for each."""
         encoding = encoding_of(net)
-        if encoding.corrects:
+        if encoding.corrects and not isinstance(encoding, ByByte):
             raise InputError(
-                f"the weights are stored as {encoding.name}, which corrects single flips; the "
-                "search looks at one bit at a time and finds nothing there"
+                f"the weights are stored as {encoding.name}, which corrects single flips in words "
+                "of several bytes; the search looks at one byte at a time and finds nothing there"
             )
         packed = [t.name for t in self._memory.space.tensors if t.dtype in bits.PACKED]
         if packed:
@@ -193,16 +206,17 @@ def search(net: nn.Module, file: _File, batch: Dataset) -> Iterator[Step]:
     x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
     masks: Masks = {}
     sites: list[Site] = []
+    before = file.damage(sites)
     while True:
         tried = candidates(net, masks, x, y, TRIED)
         if not tried:
             return
-        losses = [file.damage([*sites, candidate.site]) for candidate in tried]
-        best = int(np.nanargmax(losses))
-        chosen = tried[best]
+        losses = np.array([file.damage([*sites, *candidate.sites]) for candidate in tried])
+        best = int(np.nanargmax((losses - before) / [len(c.bits) for c in tried]))
+        chosen, before = tried[best], float(losses[best])
         masks = chosen.flipped(masks, shapes[chosen.layer])
-        sites.append(chosen.site)
-        yield Step(chosen=chosen, loss=losses[best], masks=masks)
+        sites += chosen.sites
+        yield Step(chosen=chosen, loss=before, masks=masks)
 
 
 def chance(n_classes: int, y: NDArray[np.int64]) -> float:
@@ -220,14 +234,15 @@ def _sequence(
     correct = file.correct([])
     with progress.bar(flips, "flips") as bar:
         for step in steps:
-            chosen, masks = step.chosen, step.masks
-            sites.append(chosen.site)
+            chosen = step.chosen
+            if len(rows) + len(chosen.bits) > flips:
+                break
+            masks = step.masks
+            sites += chosen.sites
             correct = file.correct(sites)
-            rows.append(
-                vars(sites[-1])
-                | {"gain": chosen.gain, "loss": step.loss, "n_correct": int(correct.sum())}
-            )
-            bar.update(1)
+            after = {"gain": chosen.gain, "loss": step.loss, "n_correct": int(correct.sum())}
+            rows += [vars(site) | after for site in chosen.sites]
+            bar.update(len(chosen.bits))
             if correct.mean() <= limit or len(rows) == flips:
                 break
     twin = evaluate.logits(net, images.x, masks=masks).argmax(1).numpy() == images.y
