@@ -125,6 +125,19 @@ def second(found: dict[str, dict[str, Any]]) -> list[str]:
     ]
 
 
+def elsewhere(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Which rows were trained and measured on other processors than the first."""
+    others: dict[str, list[str]] = {}
+    for name, row in found.items():
+        if row["cpu"] != found["baseline"]["cpu"]:
+            others.setdefault(row["cpu"], []).append(name)
+    return [
+        line
+        for cpu, names in others.items()
+        for line in (f"Trained and measured on {cpu}: {', '.join(names)}.", "")
+    ]
+
+
 def costs(row: dict[str, Any]) -> list[str]:
     """Bytes, time per image, training, flips to chance."""
     took, trained = measured(row, "time"), measured(row, "cost")
@@ -218,6 +231,7 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
         "attack with, 1,000 others to measure on.",
         "",
         *second(kept),
+        *elsewhere(kept),
         *([f"Measured otherwise, and left out: {', '.join(left)}.", ""] if left else []),
         f"Commands: `python benchmarks/methods.py models/{name}.toml {first['command']}`, then "
         f"`--measure {','.join(measures)}`.",

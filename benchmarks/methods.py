@@ -348,11 +348,17 @@ MEASURES: dict[str, Callable[[Finished], dict[str, Any]]] = {
 """Columns that are measured after the fact, by the name that --measure takes."""
 
 
-def measures(names: str) -> list[str]:
-    """What --measure names; InputError for what it does not know."""
+BESIDE = ("autoattack", "time")
+"""Not for --again: they begin with what PGD left of the row's file, or run beside `baseline`."""
+
+
+def measures(names: str, again: bool = False) -> list[str]:
+    """What --measure names; InputError for what it does not know, or cannot measure `again`."""
     for name in names.split(","):
         if name not in MEASURES:
             raise InputError(f"column {name!r} is unknown; expected some of {', '.join(MEASURES)}")
+        if again and name in BESIDE:
+            raise InputError(f"column {name!r} needs the row's first file, which --again has not")
     return names.split(",")
 
 
@@ -449,7 +455,7 @@ def main(
     failed = []
     loaded = recipe.load(base)
     if more is not None:
-        wanted = measures(more)
+        wanted = measures(more, again)
         folder = out / loaded.name
         for stored in (STORED / loaded.name).glob("*.json") if again else ():
             if not (folder / "rows" / stored.name).is_file():

@@ -329,6 +329,42 @@ def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
     assert method_tables.chance(again) == "more than 50 (1 of 2 got there)†"
     with pytest.raises(InputError, match="column 'fgms' is unknown; expected some of fgsm, "):
         rows_of.measures("time,fgms")
+    with pytest.raises(InputError, match="column 'time' needs the row's first file"):
+        rows_of.measures("bfa,time", again=True)
+
+
+def test_a_column_is_measured_once_and_copied_where_the_file_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What came of a second training is marked so."""
+    row = {"model_sha256": "a", "data_sha256": "b", "measured": {}, "attack": {"radii": []}}
+    for name, digest in (("one", "a"), ("two", "a"), ("three", "c")):
+        artifacts.write_json(tmp_path / f"{name}.json", row | {"model_sha256": digest})
+    calls = []
+
+    def bfa(of: Any) -> dict[str, Any]:
+        calls.append(of)
+        return {"flips_to_chance": {"mean": len(calls), "low": 0, "high": 9}}
+
+    def finished(again: dict[str, Any] | None) -> Any:
+        return rows_of.Finished(
+            made=None, stages=[], row=row, folder=tmp_path, twin=tmp_path, baseline=tmp_path,
+            attacked=1, again=again,
+        )  # fmt: skip
+
+    monkeypatch.setitem(rows_of.MEASURES, "bfa", bfa)
+    again = {"n_correct": 9, "n": 10, "cpu": "other"}
+    for name, note in (("one", None), ("two", None), ("three", again), ("three", again)):
+        made = finished(note)
+        rows_of.add(tmp_path / f"{name}.json", ["bfa"], 1, lambda made=made: made)
+    assert len(calls) == 2
+    found = {n: artifacts.read_json(tmp_path / f"{n}.json") for n in ("one", "two", "three")}
+    assert found["one"]["more"] == found["two"]["more"]
+    shown = [method_tables.costs(r | {"n_bytes": 1})[-1] for r in found.values()]
+    assert shown == ["1.0 [0.0, 9.0]", "1.0 [0.0, 9.0]", "2.0 [0.0, 9.0]†"]
+    kept = {n: r | {"clean": {"n_correct": 8, "n": 10}} for n, r in found.items()}
+    (note, _) = method_tables.second(kept)
+    assert "on other with" in note and "+10.0 to +10.0 points" in note
 
 
 def test_attacked_images_under_bit_errors_average_patterns() -> None:
