@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,20 +125,29 @@ def run(
     """Data, training, adjusting, export, proof, report; returns the path of the HTML page.
 
     Whatever exists in `out` and was made from the same inputs is kept; an interrupted run
-    continues where it was. `workers` processes run the campaigns (default: one per core).
+    continues where it was, and a file that was proved once is not proved again under another
+    stage's name. `workers` processes run the campaigns (default: one per core).
     """
     splits: Splits = data.of(recipe.data)
     stages = harden(recipe, out=out, device=device, fresh=fresh)
     artifacts.write_json(out / "recipe.json", recipe.portable())
+    proved: dict[str, Path] = {}
     for stage in (s for s in COMPARED if s in stages):
         step(f"export {stage}")
         model = export(
             stages[stage], out=out / "export" / stage, images=splits.test, config=recipe.export
         )
         step(f"prove {stage}")
+        folder = out / "prove" / stage
+        before = proved.setdefault(artifacts.sha256(model), folder)
+        if before != folder:  # as where stage 3 found nothing to change
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_store(folder / "ber.store")
+            for name in ("clean.json", "attack.json", "ber.store"):
+                shutil.copyfile(before / name, folder / name)
         prove(
-            stage, model, stages[stage], splits.test, recipe.prove, out=out / "prove" / stage,
-            seed=recipe.seed, workers=workers or cores(), fresh=fresh,
+            stage, model, stages[stage], splits.test, recipe.prove, out=folder,
+            seed=recipe.seed, workers=workers or cores(), fresh=fresh and before == folder,
         )  # fmt: skip
     return report([out], out=out / "report.html")
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from tiny import write_recipe
 
-from resq_deploy import artifacts, pipeline, recipe
+from resq_deploy import artifacts, pipeline, recipe, store
 from resq_deploy.cli import main
 from resq_deploy.errors import InputError
 
@@ -56,6 +58,34 @@ def test_unchanged_stages_are_not_run_again(tiny_run: Path, tmp_path: Path) -> N
     before = {path: path.stat().st_mtime_ns for path in watched}
     pipeline.run(recipe.load(write_recipe(tmp_path)), out=tiny_run, workers=1)
     assert {path: path.stat().st_mtime_ns for path in watched} == before
+
+
+def test_a_stage_that_changed_nothing_takes_over_what_was_proved(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is attacked or struck again; the single flips, which only the last stage has, are."""
+    out, began = tmp_path / "run", []
+    shutil.copytree(tiny_run, out)
+    shutil.rmtree(out / "prove" / "adjust")
+    found = {stage: out / stage / "checkpoint.safetensors" for stage in pipeline.COMPARED}
+    monkeypatch.setattr(pipeline, "harden", lambda *_, **__: found | {"adjust": found["fault"]})
+    for name in ("attack", "inject"):
+        real = getattr(pipeline, name)
+
+        def watched(*args: Any, out: Path, real: Any = real, **options: Any) -> Any:
+            began.append((out.parent.name, out.name, out.exists()))
+            return real(*args, out=out, **options)
+
+        monkeypatch.setattr(pipeline, name, watched)
+    pipeline.run(recipe.load(write_recipe(tmp_path)), out=out, workers=1)
+    last = [(name, there) for stage, name, there in began if stage == "adjust"]
+    assert last == [("attack.json", True), ("ber.store", True), ("single.store", False)]
+    for name in ("clean.json", "attack.json"):
+        assert (out / "prove/adjust" / name).read_bytes() == (
+            out / "prove/fault" / name
+        ).read_bytes()
+    trials = [store.read([out / "prove" / s / "ber.store"])[1] for s in ("fault", "adjust")]
+    assert len(trials[0]) > 0 and trials[0] == trials[1]
 
 
 def test_a_changed_field_reruns_its_stage_and_those_after_it_only(
