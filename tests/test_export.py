@@ -20,9 +20,17 @@ from resq_deploy.export import QDQ, QONNX, checks, export
 from resq_deploy.export.qdq import qdq
 from resq_deploy.export.qonnx import execute, qonnx
 from resq_deploy.nets import build, checkpoint
-from resq_deploy.nets.quantized import calibrate, codes, quantize, value, weight_layers
+from resq_deploy.nets.quantized import (
+    calibrate,
+    codes,
+    encoding_of,
+    quantize,
+    value,
+    weight_layers,
+)
 from resq_deploy.recipe import Export
 
+ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {"opset": 19, "ir_version": 10}
 CONVOLUTIONS = {"resnet8": 9, "resnet20": 21}
 ADDITIONS = {"resnet8": 3, "resnet20": 9}
@@ -272,6 +280,26 @@ def test_failing_export_leaves_nothing(
             images=data.load("digits").test, config=Export(parity_images=100),
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("baseline", "plain"), ("hardened", "cosq:0.02")], ids=lambda v: v
+)
+def test_the_reference_checkpoints_of_the_workspace_can_be_exported(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    """Their sidecars belong to them, and their codes are levels of their encoding."""
+    path = ROOT / f"models/cifar10-resnet20-cosq.{name}.safetensors"
+    assert artifacts.read_json(artifacts.sidecar(path))["sha256"] == artifacts.sha256(path)
+    net, _ = checkpoint.load(path)
+    encoding = encoding_of(net)
+    assert encoding.name == kind
+    for layer in weight_layers(net).values():
+        assert np.isin(codes(layer).numpy(), encoding.levels).all()
+    noise = np.random.default_rng(0).integers(0, 256, (50, 3, 32, 32)).astype(np.uint8)
+    images = data.Dataset(name="noise", x=noise, y=np.zeros(50, np.int64))
+    model = export(path, out=tmp_path / "bundle", images=images)
+    assert checks.integer_kernels(model.read_bytes())["QLinearConv"] == CONVOLUTIONS["resnet20"]
 
 
 def test_float_checkpoint_is_refused(tiny_run: Path, tmp_path: Path) -> None:
