@@ -114,6 +114,18 @@ def prove(
         _campaign(out / "single.store", fresh, data=few, margin=config.margin, **common)
 
 
+def _take_over(before: Path, folder: Path, fresh: bool) -> None:
+    """Copy what was proved of the same file, unless it is there: `clean.json` comes last."""
+    mark = folder / "clean.json"
+    if not fresh and mark.is_file() and mark.read_bytes() == (before / mark.name).read_bytes():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.unlink(missing_ok=True)
+    _remove_store(folder / "ber.store")
+    for name in ("ber.store", "attack.json", mark.name):
+        shutil.copyfile(before / name, folder / name)
+
+
 def run(
     recipe: Recipe,
     *,
@@ -141,10 +153,7 @@ def run(
         folder = out / "prove" / stage
         before = proved.setdefault(artifacts.sha256(model), folder)
         if before != folder:  # as where stage 3 found nothing to change
-            folder.mkdir(parents=True, exist_ok=True)
-            _remove_store(folder / "ber.store")
-            for name in ("clean.json", "attack.json", "ber.store"):
-                shutil.copyfile(before / name, folder / name)
+            _take_over(before, folder, fresh)
         prove(
             stage, model, stages[stage], splits.test, recipe.prove, out=folder,
             seed=recipe.seed, workers=workers or cores(), fresh=fresh and before == folder,

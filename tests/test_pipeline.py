@@ -86,6 +86,13 @@ def test_a_stage_that_changed_nothing_takes_over_what_was_proved(
         ).read_bytes()
     trials = [store.read([out / "prove" / s / "ber.store"])[1] for s in ("fault", "adjust")]
     assert len(trials[0]) > 0 and trials[0] == trials[1]
+    copies = [out / "prove/adjust" / name for name in ("clean.json", "attack.json", "ber.store")]
+    before = [path.stat().st_mtime_ns for path in copies]
+    pipeline._take_over(out / "prove/fault", out / "prove/adjust", fresh=False)
+    assert [path.stat().st_mtime_ns for path in copies] == before
+    copies[0].unlink()  # killed before the last of them
+    pipeline._take_over(out / "prove/fault", out / "prove/adjust", fresh=False)
+    assert all(path.stat().st_mtime_ns > then for path, then in zip(copies, before, strict=True))
 
 
 def test_a_changed_field_reruns_its_stage_and_those_after_it_only(
