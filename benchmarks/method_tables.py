@@ -110,17 +110,18 @@ def chance(found: dict[str, Any]) -> str:
 
 def second(found: dict[str, dict[str, Any]]) -> list[str]:
     """What the mark means, where a row has one."""
-    notes = [(row, more["again"]) for row in found.values()
+    notes = [(name, row, more["again"]) for name, row in found.items()
              for more in row.get("more", {}).values() if "again" in more]  # fmt: skip
     if not notes:
         return []
     moved = [100 * (note["n_correct"] / note["n"] - row["clean"]["n_correct"] / row["clean"]["n"])
-             for row, note in notes]  # fmt: skip
-    processors = ", ".join(sorted({note["cpu"] for _, note in notes}))
+             for _, row, note in notes]  # fmt: skip
+    most = notes[int(np.argmax(np.abs(moved)))][0]
+    processors = ", ".join(sorted({note["cpu"] for *_, note in notes}))
     return [
         f"{AGAIN} measured on the row trained once more from the same recipe, on {processors} with "
         f"the code of then: other last bits, and accuracy without faults {min(moved):+.1f} to "
-        f"{max(moved):+.1f} points from that of the row.",
+        f"{max(moved):+.1f} points from that of the row (most: `{most}`).",
         "",
     ]
 
