@@ -1,9 +1,9 @@
 """One pass over memory for what quantizes activations.
 
-Brevitas quantizes in eight operations, and its gradient takes as many: each reads and writes the
-whole tensor, and a training step spends four fifths of its time so. Here each is one loop. The
-values are those of Brevitas bit for bit in float32; in bfloat16, where it rounds after every
-operation, here only the result is rounded.
+Brevitas quantizes in several operations, and so does its gradient; each reads and writes the whole
+tensor. Here either is one loop; docs/training-cost.md says what that saves. The values are those of
+Brevitas bit for bit in float32; in bfloat16, where it rounds after every operation, here only the
+result is rounded.
 """
 
 from __future__ import annotations
