@@ -593,8 +593,8 @@ def test_flips_change_the_loss_as_the_gradient_says(trained: Trained) -> None:
     """First order, for steps of 32 codes and more: below, logits round the change away."""
     net, batch = trained.net, trained.test.first(128)
     x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
-    file = bfa._File(trained.model.read_bytes(), net, batch)
-    before = file.damage([])
+    file = bfa._Attacked(trained.model.read_bytes(), batch)
+    before = file.damage()
     ranked = [c for c in bfa.candidates(net, {}, x, y, 200) if c.layer != "conv1"]
     large = [c for bit in (5, 6, 7) for c in ranked if c.bits == (bit,)][::6]
     assert len(large) >= 15

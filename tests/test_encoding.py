@@ -446,6 +446,13 @@ def test_campaigns_strike_what_is_stored_and_both_engines_read_it(name: str) -> 
         expected = runtime.run(session, runtime.adapt(x, session)).tobytes()
         assert reload.run(change).tobytes() == expected
         assert fast.run(change).tobytes() == expected
+    flips = bits.random_positions(mem.n_bits, 0.01, np.random.default_rng(4))
+    struck = network.holding(lasting := mem.read(flips))
+    assert not struck.why
+    behind = Fast(struck, struck.keep(x), x)
+    assert behind.run({}).tobytes() == reload.run(lasting).tobytes()
+    again = memory.Memory.of(struck.found).read(flips)  # all back
+    assert behind.run(again).tobytes() == reload.run({}).tobytes()
 
 
 # --------------------------------------------------------------------------- networks

@@ -249,6 +249,42 @@ def test_few_weights_on_random_graphs(number: int) -> None:
     both.check(both.memory().read(low), "sums", "whole")
 
 
+def check_holding(network: Network, x: np.ndarray, rng: np.random.Generator) -> int:
+    """Flips that stay, thrice; returns how many further ones were run in place.
+
+    The oracle is the file that stores what has flipped so far, opened anew.
+    """
+    in_place = 0
+    for _ in range(3):
+        memory = Memory.of(network.found)
+        lasting = memory.read(np.unique(rng.integers(0, memory.n_bits, 5)))
+        expected = Reload(network.found.model, network.found.space, x).run(lasting).tobytes()
+        network = network.holding(lasting)
+        fast = Fast(network, network.keep(x), x)
+        fresh = discover(onnx.load_from_string(network.found.model.SerializeToString()))
+        reload = Reload(fresh.model, fresh.space, x)
+        assert answer(fast, {}) == answer(reload, {}) == expected
+        memory = Memory.of(network.found)
+        for n in (1, 1, 3, 40):
+            change = memory.read(np.unique(rng.integers(0, memory.n_bits, n)))
+            assert answer(fast, change) == answer(reload, change)
+            in_place += network.in_place(change)
+    return in_place
+
+
+@settings(EXACT, max_examples=10)
+@given(numbers)
+def test_faults_behind_others_that_stay_on_random_graphs(number: int) -> None:
+    spec, rng = graphs.spec(number), np.random.default_rng(number)
+    x = graphs.images(13)
+    network = Network(discover(runtime.parse_model(graphs.build(spec))), x)
+    before = answer(Fast(network, network.keep(x), x), {})
+    in_place = check_holding(network, x, rng)
+    if not network.reloaded:
+        assert in_place == 12
+    assert answer(Fast(network, network.keep(x), x), {}) == before  # it has not changed itself
+
+
 def every_kind() -> dict[str, graphs.Spec]:
     """Graphs in which every kernel has something to do."""
     blocks: dict[str, tuple[graphs.Block, ...]] = {

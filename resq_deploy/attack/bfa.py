@@ -34,7 +34,9 @@ from resq_deploy.encoding import ByByte, Encoding
 from resq_deploy.encoding.base import Codes
 from resq_deploy.errors import InputError
 from resq_deploy.inject import discovery, inject, plans
-from resq_deploy.inject.memory import Memory
+from resq_deploy.inject.fast import Fast
+from resq_deploy.inject.memory import Change, Memory
+from resq_deploy.inject.network import Network
 from resq_deploy.inject.reload import Reload
 from resq_deploy.metrics import top1
 from resq_deploy.nets.quantized import codes, encoding_of, value, weight_layers
@@ -173,17 +175,40 @@ class _File:
                 f"the file does not store the codes of {strange} in the twin; {WANTED}"
             )
 
-    def _scores(self, sites: Sequence[Site]) -> NDArray[Any]:
-        flat = np.array([self._memory.space.flat(site) for site in sites], np.int64)
-        return self._engine.run(self._memory.read(np.sort(flat)))
-
     def correct(self, sites: Sequence[Site]) -> NDArray[np.bool_]:
         """(N,) is the top-1 the label, with the bits at `sites` flipped?"""
-        return np.asarray(top1(self._scores(sites)) == self._y)
+        scores = self._engine.run(_read(self._memory, sites))
+        return np.asarray(top1(scores) == self._y)
 
-    def damage(self, sites: Sequence[Site]) -> float:
-        """`damage` with the bits at `sites` flipped."""
-        return float(damage(torch.from_numpy(self._scores(sites)), torch.from_numpy(self._y)))
+
+class _Attacked:
+    """The exported file on the images of the attacker, who flips one bit after the other.
+
+    What a bit would do is found by the fast engine, from where those flipped so far have led.
+    """
+
+    def __init__(self, raw: bytes, batch: Dataset) -> None:
+        self._batch = batch
+        self._enter(Network(discovery.discover(runtime.parse_model(raw)), batch.x))
+
+    def _enter(self, network: Network) -> None:
+        x = self._batch.x
+        self._network, self._memory = network, Memory.of(network.found)
+        self._engine = Fast(network, network.keep(x), x)
+
+    def flip(self, sites: Sequence[Site]) -> None:
+        """The bits at `sites` flip for good."""
+        self._enter(self._network.holding(_read(self._memory, sites)))
+
+    def damage(self, sites: Sequence[Site] = ()) -> float:
+        """`damage` with the bits at `sites` flipped too."""
+        scores = self._engine.run(_read(self._memory, sites))
+        return float(damage(torch.from_numpy(scores), torch.from_numpy(self._batch.y)))
+
+
+def _read(memory: Memory, sites: Sequence[Site]) -> Change:
+    """What is read with the bits at `sites` flipped."""
+    return memory.read(np.sort(np.array([memory.space.flat(site) for site in sites], np.int64)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,25 +222,25 @@ class Step:
     """All flips so far."""
 
 
-def search(net: nn.Module, file: _File, batch: Dataset) -> Iterator[Step]:
+def search(net: nn.Module, raw: bytes, batch: Dataset) -> Iterator[Step]:
     """Flips in the order in which they are kept; ends when no bit is expected to do harm.
 
-    `file` is the exported one, on the images of `batch`.
+    `raw` is the exported file, `batch` what the attacker has.
     """
     shapes = {name: cast(Tensor, layer.weight).shape for name, layer in weight_layers(net).items()}
     x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
     masks: Masks = {}
-    sites: list[Site] = []
-    before = file.damage(sites)
+    file = _Attacked(raw, batch)
+    before = file.damage()
     while True:
         tried = candidates(net, masks, x, y, TRIED)
         if not tried:
             return
-        losses = np.array([file.damage([*sites, *candidate.sites]) for candidate in tried])
+        losses = np.array([file.damage(candidate.sites) for candidate in tried])
         best = int(np.nanargmax((losses - before) / [len(c.bits) for c in tried]))
         chosen, before = tried[best], float(losses[best])
         masks = chosen.flipped(masks, shapes[chosen.layer])
-        sites += chosen.sites
+        file.flip(chosen.sites)
         yield Step(chosen=chosen, loss=before, masks=masks)
 
 
@@ -297,7 +322,7 @@ def bfa(
     for number in range(n_seeds):
         drawn = seeds.stream(seed, "bfa", number).choice(len(data) - n, batch, replace=False)
         attacker = data.take(n + np.sort(drawn))
-        steps = search(net, _File(raw, net, attacker), attacker)
+        steps = search(net, raw, attacker)
         searches.append(_sequence(file, steps, net, measured, flips, level + MARGIN))
     longest = max(len(found["flips"]) for found in searches)
     return {

@@ -9,7 +9,7 @@ constants) is computed again inside of each unit that reads it.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,15 @@ class Cut:
             [changed.get(tensor.name, tensor) for tensor in source.initializer],
         )
         return _model(graph, self.model)
+
+    def holding(self, changed: Mapping[str, TensorProto]) -> Cut:
+        """The same units where some initializers are other ones."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for tensor in model.graph.initializer:
+            if tensor.name in changed:
+                tensor.CopyFrom(changed[tensor.name])
+        return replace(self, model=model, initializers=self.initializers | {**changed})
 
     def _info(self, name: str) -> onnx.ValueInfoProto:
         kind = helper.np_dtype_to_tensor_dtype(self.values[name].dtype)
@@ -347,6 +356,14 @@ class Runner:
         if id(unit) not in self._sessions:  # which keeps the unit, and so its number, alive
             self._sessions[id(unit)] = unit, self._build(self.cut.unit_model(unit))
         return self._sessions[id(unit)][1]
+
+    def holding(self, cut: Cut, changed: Collection[str]) -> Runner:
+        """The runner of `cut`, which differs from the own in the initializers `changed`."""
+        other = Runner(cut, precise=self._precise)
+        for key, (unit, session) in self._sessions.items():
+            if unit.initializers.isdisjoint(changed):
+                other._sessions[key] = unit, session
+        return other
 
     def has(self, unit: Unit) -> bool:
         """Has the unit been needed before?"""

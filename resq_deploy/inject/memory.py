@@ -10,7 +10,7 @@ what is *read*, which the protection decides. Engines know nothing of either: th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -207,3 +207,13 @@ def write(proto: onnx.TensorProto, dtype: str, offsets: Flat, values: NDArray[An
         return
     raw.view(dtype)[offsets] = values
     proto.raw_data = raw.tobytes()
+
+
+def stored(found: Discovery, change: Change) -> Discovery:
+    """The same file, storing the values of `change` (no `Flips`) for good."""
+    model, dtypes = onnx.ModelProto(), {tensor.name: tensor.dtype for tensor in found.space.tensors}
+    model.CopyFrom(found.model)
+    for proto in model.graph.initializer:
+        if proto.name in change:
+            write(proto, dtypes[proto.name], *change[proto.name])
+    return replace(found, model=model)

@@ -6,6 +6,7 @@ not used, and `Network.reloaded` says what is then left to the reload engine, an
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -116,7 +117,7 @@ class Network:
 
     def __init__(self, found: Discovery, x: Array, *, precise: bool | None = None) -> None:
         """`found` from `discovery.discover`; `x` images as the data set has them; some run."""
-        self._found = found
+        self.found = found
         self._precise = precise
         self._model = found.model.SerializeToString()
         session = self.session
@@ -186,15 +187,15 @@ class Network:
     def _find_in_place(self) -> set[str]:
         """Tensors that the optimized graph holds as the file does, or as a decoder reads them, and
         its activations."""
-        stored = {proto.name: proto for proto in self._found.model.graph.initializer}
+        stored = {proto.name: proto for proto in self.found.model.graph.initializer}
         same = self._between & self.cut.values.keys()
         for name, tensor in self._types.items():
             if name in self._between:
                 continue
             mine, optimized = stored[name], name
-            read = self._found.decoders.read.get(name, ())
+            read = self.found.decoders.read.get(name, ())
             if len(read) == 1 and tensor.width == 8 and name not in self.cut.initializers:
-                reader = Reader(self._found.model, name, *read)
+                reader = Reader(self.found.model, name, *read)
                 mine, optimized = numpy_helper.from_array(reader.golden, reader.read), reader.read
                 self._readers[name] = reader
             theirs = self.cut.initializers.get(optimized)
@@ -204,7 +205,7 @@ class Network:
                 continue
             # int4 numbers are packed in raw_data on both sides. A tensor that several operators
             # read may live on in another form for some of them: all must still read this one.
-            models = (self._found.model, self.cut.model)
+            models = (self.found.model, self.cut.model)
             users = [graph.users(model, optimized) for model in models]
             if theirs.raw_data == mine.raw_data and users[0] == users[1]:
                 same.add(name)
@@ -293,7 +294,7 @@ class Network:
         return Fast(self, sample, x).run(change).tobytes() == self.reload(x).run(change).tobytes()
 
     def _found_raw(self, name: str) -> bytes:
-        stored = {t.name: t.raw_data for t in self._found.model.graph.initializer}
+        stored = {t.name: t.raw_data for t in self.found.model.graph.initializer}
         return bytes(stored[name])
 
     def _any_images(self, sample: Kept) -> bool:
@@ -574,13 +575,41 @@ class Network:
                 self.layers[index] = layer
         return sums
 
+    def holding(self, change: Change) -> Network:
+        """The network of the file that stores the values of `change` (no `Flips`) for good.
+
+        It is not prepared anew: what is known of kernels and times holds for other weights too,
+        and `keep` tries whether the units answer as the file does.
+        """
+        other = copy.copy(self)
+        other.__dict__.pop("session", None)
+        other.found = memory.stored(self.found, change)
+        other._model = other.found.model.SerializeToString()
+        if self.why:
+            return other
+        if not self.in_place(change):
+            other.why = "scales, zero points or float weights are not those that were prepared"
+            return other
+        changed = self.faulty(self.read(change))
+        other.cut = self.cut.holding(changed)
+        other.runner = self.runner.holding(other.cut, changed)
+        other._readers = self._readers | {
+            name: Reader(other.found.model, name, self._readers[name].read)
+            for name in change.keys() & self._readers.keys()
+        }
+        struck = {i for i in self.active if changed.keys() & self.cut.units[i].initializers}
+        other.layers = {i: layer for i, layer in self.layers.items() if i not in struck}
+        other.tables = {i: table for i, table in self.tables.items() if i not in struck}
+        other.ends = dict(self.ends)
+        return other
+
     def in_place(self, change: Change) -> bool:
         """Can this change be made in the optimized graph?"""
         return not self.why and change.keys() <= self._in_place
 
     def reload(self, x: Array) -> Reload:
         """The reload engine for images (N, ...) as the data set has them."""
-        return Reload(self._found.model, self._found.space, x, precise=self._precise)
+        return Reload(self.found.model, self.found.space, x, precise=self._precise)
 
     def whole(self, change: Change, x: Array) -> Array:
         """Output (N, ...) of the whole optimized graph under a change, for adapted images."""
