@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -596,7 +597,7 @@ def test_flips_change_the_loss_as_the_gradient_says(trained: Trained) -> None:
     file = bfa._Attacked(trained.model.read_bytes(), batch)
     before = file.damage()
     ranked = [c for c in bfa.candidates(net, {}, x, y, 200) if c.layer != "conv1"]
-    large = [c for bit in (5, 6, 7) for c in ranked if c.bits == (bit,)][::6]
+    large = [c for bit in (5, 6, 7) for c in ranked if c.sites[0].bit == bit][::6]
     assert len(large) >= 15
     changes = [file.damage(c.sites) - before for c in large]
     assert np.mean(np.array(changes) > 0) >= 0.8
@@ -626,7 +627,9 @@ def test_candidates_are_the_best_bits_of_each_layer(trained: Trained) -> None:
     gains = np.stack([gradient.numpy() * scale * s for s in step]).reshape(8, -1)
     best = [c for c in bfa.candidates(net, {}, x, y, 5) if c.layer == "fc"]
     assert [c.gain for c in best] == pytest.approx(np.sort(gains, axis=None)[::-1][:5], rel=1e-4)
-    assert all(gains[*c.bits, c.offset] == pytest.approx(c.gain, rel=1e-4) for c in best)
+    assert all(
+        gains[c.sites[0].bit, c.sites[0].offset] == pytest.approx(c.gain, rel=1e-4) for c in best
+    )
 
 
 def test_a_flipped_bit_is_not_a_candidate_again(trained: Trained) -> None:
@@ -637,12 +640,11 @@ def test_a_flipped_bit_is_not_a_candidate_again(trained: Trained) -> None:
     masks = first.flipped({}, shape)  # type: ignore[arg-type]
     mask = masks[first.layer].numpy()
     assert int(np.bitwise_count(mask.view(np.uint8)).sum()) == 1
-    struck = bits.flip_sites(np.zeros(mask.size, np.int8), [first.offset], list(first.bits))
+    ((offset, bit),) = first.places
+    struck = bits.flip_sites(np.zeros(mask.size, np.int8), [offset], [bit])
     assert struck.tolist() == mask.reshape(-1).tolist()
     again = bfa.candidates(net, masks, x, y, 10)
-    assert (first.layer, first.offset, first.bits) not in {
-        (c.layer, c.offset, c.bits) for c in again
-    }
+    assert (first.layer, first.places) not in {(c.layer, c.places) for c in again}
 
 
 def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
@@ -664,7 +666,7 @@ def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
     gains = slope * (then - now) / np.bitwise_count(masks)
     best = [c for c in bfa.candidates(net, {}, x, y, 5) if c.layer == "fc"]
     assert [c.gain for c in best] == pytest.approx(np.sort(gains, axis=None)[::-1][:5], rel=1e-4)
-    assert all(len(c.bits) >= 2 for c in best)
+    assert all(len(c.places) >= 2 for c in best)
     found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
     (made,) = found["searches"]
     assert len(made["flips"]) in (7, 8, 9) and made["n_twin_differs"] <= 2
@@ -677,15 +679,72 @@ def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
     assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
 
 
-def test_a_code_over_several_bytes_is_refused(trained: Trained, tmp_path: Path) -> None:
-    model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding="secded")
-    with pytest.raises(InputError, match="secded, which corrects single flips in words of several"):
-        bfa.bfa(model, trained.twin, trained.test, images=50, batch=50)
+@pytest.mark.parametrize("name", ["secded", "secded:zero"])
+def test_where_a_word_corrects_single_flips_several_of_it_flip(
+    name: str, trained: Trained, tmp_path: Path
+) -> None:
+    """Oracle: each pair of bits of every word of a layer, by what the word is read as.
+
+    Where two seen flips zero the word, three that are taken for one do more.
+    """
+    model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding=name)
+    net, _ = load_twin(model, trained.twin)
+    batch, kind = trained.test.first(32), parse_encoding(name)
+    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
+    with bfa._weight_values(net) as weights:
+        bfa.damage(value(net(x)), y).backward()
+    leaf, scale = weights["fc"]
+    assert leaf.grad is not None
+    slope = (leaf.grad * scale).numpy().reshape(-1)
+    stored = kind.encode(codes(weight_layers(net)["fc"]).numpy()).reshape(-1)
+    assert stored.size % 8 == 0
+    now, gains = kind.decode(stored).astype(int), []
+    for first, second in combinations(range(64), 2):
+        struck = stored.view(np.uint8).reshape(-1, 8).copy()
+        for place in (first, second):
+            struck[:, place // 8] ^= np.uint8(1 << place % 8)
+        then = kind.decode(struck.reshape(-1).view(np.int8)).astype(int)
+        gains.append((slope * (then - now)).reshape(-1, 8).sum(1) / 2)
+    every = [c for c in bfa.candidates(net, {}, x, y, 10**6) if c.layer == "fc"]
+    assert all(len({offset // 8 for offset, _ in c.places}) == 1 for c in every)
+    pairs = {c.places[0][0] // 8: c.gain for c in every if len(c.places) == 2}
+    expected = {word: gain for word, gain in enumerate(np.max(gains, axis=0)) if gain > 0}
+    if not kind.zero:  # else the two are those that would do most if they were read
+        assert pairs == pytest.approx(expected, rel=1e-4)
+    triple = next(c for c in every if len(c.places) == 3)
+    struck = stored.view(np.uint8).copy()
+    for offset, bit in triple.places:
+        struck[offset] ^= np.uint8(1 << bit)
+    rise = slope * (kind.decode(struck.view(np.int8)).astype(int) - now)
+    assert triple.gain == pytest.approx(rise.sum() / 3, rel=1e-4)
+    assert (triple.gain > max(pairs.values())) == kind.zero
+    found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
+    (made,) = found["searches"]
+    assert len(made["flips"]) in (8, 9) and made["n_twin_differs"] <= 2
+    assert made["flips"][-1]["n_correct"] < found["random"]["fault_accuracy"]["worst"] * 100
+    path = tmp_path / "sites.csv"
+    path.write_text(bfa.sites_csv(found))
+    replayed = inject(
+        model, trained.test.first(100), out=tmp_path / "s", sites=path, engine="reload"
+    )
+    assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
+
+
+def test_bytes_behind_whole_words_are_attacked_one_by_one() -> None:
+    """They are stored as they are; a flip of a check bit of a whole word does nothing alone."""
+    kind = parse_encoding("secded")
+    stored = kind.encode(np.arange(-5, 6, dtype=np.int8))  # 8 and 3
+    slope, none = np.ones(11), np.zeros(11, np.uint8)
+    moves = list(bfa._in_words(kind, stored, none, slope, 2))
+    (pair,) = [m for m in moves if len(m[1]) == 2]
+    assert {offset for offset, _ in pair[1]} <= set(range(8)) and pair[0] == 64.0  # two signs
+    singles = {(m[1][0], m[0]) for m in moves if len(m[1]) == 1}
+    assert {s for s in singles if s[1] >= 64} == {((o, 6), 64.0) for o in (8, 9, 10)}
 
 
 def test_sign_bit_of_a_mask_is_the_sign_bit(trained: Trained) -> None:
     """Flipping bit 7 fits into an int8 mask: -128."""
-    made = Candidate(layer="fc", offset=1, bits=(7,), gain=1.0).flipped({}, torch.Size([2, 2]))
+    made = Candidate(layer="fc", places=((1, 7),), gain=1.0).flipped({}, torch.Size([2, 2]))
     assert made["fc"].tolist() == [[0, -128], [0, 0]]
 
 

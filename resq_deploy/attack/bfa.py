@@ -5,13 +5,15 @@ Each time the twin's gradients rank the bits of every layer, the first ones of e
 tried on the exported file, and the flip that raises the loss of the batch most is kept. Every
 prefix of the sequence also runs on images that the attacker does not have.
 
-Where the stored bytes correct a single flip (the encoding `hamming`), the attacker flips several
-bits of a byte at once: those that raise the loss most for each flip. Every flip counts.
+Where a single flip is corrected, the attacker flips several bits at once: of a byte (the encoding
+`hamming`) those that raise the loss most for each flip, of a word of eight bytes (`secded`) the two
+or three that would raise it most if nothing were corrected. Every flip counts.
 """
 
 from __future__ import annotations
 
 import csv
+import heapq
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -30,8 +32,8 @@ from torch import Tensor, nn
 from resq_deploy import artifacts, bits, evaluate, metrics, progress, runtime, seeds
 from resq_deploy.attack.twin import WANTED, load_twin, strange_weight
 from resq_deploy.data.base import Dataset
-from resq_deploy.encoding import ByByte, Encoding
-from resq_deploy.encoding.base import Codes
+from resq_deploy.encoding import Encoding
+from resq_deploy.encoding.base import Codes, inverted
 from resq_deploy.errors import InputError
 from resq_deploy.inject import discovery, inject, plans
 from resq_deploy.inject.fast import Fast
@@ -54,23 +56,24 @@ RANDOM_PATTERNS = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A bit that might be flipped next; several of one byte where single flips are corrected."""
+    """A bit that might be flipped next; several where single flips are corrected."""
 
     layer: str
-    offset: int
-    bits: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+    """Byte of the weight (C order) and bit of it, for each flip."""
     gain: float
     """By how much the loss of the batch rises for each flip, to first order."""
 
     @property
     def sites(self) -> list[Site]:
         name = f"{self.layer}.weight"
-        return [Site(tensor=name, offset=self.offset, bit=bit) for bit in self.bits]
+        return [Site(tensor=name, offset=offset, bit=bit) for offset, bit in self.places]
 
     def flipped(self, masks: Masks, shape: torch.Size) -> Masks:
         """`masks` with these bits flipped too."""
         mask = masks.get(self.layer, torch.zeros(shape, dtype=torch.int8)).clone()
-        mask.view(torch.uint8).view(-1)[self.offset] ^= sum(1 << bit for bit in self.bits)
+        for offset, bit in self.places:
+            mask.view(torch.uint8).view(-1)[offset] ^= 1 << bit
         return {**masks, self.layer: mask}
 
 
@@ -104,6 +107,11 @@ def damage(scores: Tensor, y: Tensor) -> Tensor:
     return each.clamp(max=2 * math.log(scores.shape[1])).mean()
 
 
+Stored = NDArray[np.uint8]
+Move = tuple[float, tuple[tuple[int, int], ...]]
+"""The gain of a candidate, and its places."""
+
+
 def _read_after(encoding: Encoding, stored: Codes) -> Iterator[tuple[int, Codes]]:
     """Which bits of a byte may flip together, as a mask, and what every byte is read as then."""
     if not encoding.corrects:
@@ -112,6 +120,53 @@ def _read_after(encoding: Encoding, stored: Codes) -> Iterator[tuple[int, Codes]
     else:
         for mask in range(1, 256):
             yield mask, encoding.decode((stored.view(np.uint8) ^ np.uint8(mask)).view(np.int8))
+
+
+def _in_bytes(
+    encoding: Encoding, stored: Codes, flipped: Stored, slope: NDArray[Any], n: int
+) -> Iterator[Move]:
+    """The `n` best flips, and those as good as the last, where bytes are read one by one.
+
+    `flipped` has the bits that have flipped already, `slope` the rise of the loss for a code step.
+    """
+    read = encoding.decode(stored).astype(np.int16)
+    for mask, after in _read_after(encoding, stored):
+        gains = slope * (after.astype(np.int16) - read) / mask.bit_count()
+        gains = np.where(flipped & mask, -np.inf, gains).astype(np.float64).reshape(-1)
+        least = max(0.0, np.partition(gains, -n)[-n]) if n < gains.size else 0.0
+        together = [bit for bit in range(8) if mask >> bit & 1]
+        for offset in np.flatnonzero((gains >= least) & (gains > 0)).tolist():
+            yield float(gains[offset]), tuple((offset, bit) for bit in together)
+
+
+def _in_words(
+    encoding: Encoding, stored: Codes, flipped: Stored, slope: NDArray[Any], n: int
+) -> Iterator[Move]:
+    """Of every word two and three flips, and the `n` best of bytes behind whole words.
+
+    Those that would do most if nothing were corrected; their gain is that of what is really read.
+    """
+    whole = stored.size // encoding.word * encoding.word
+    rest = stored.reshape(-1)[whole:], flipped.reshape(-1)[whole:], slope.reshape(-1)[whole:]
+    for gain, behind in _in_bytes(Encoding(), *rest, n):
+        yield gain, tuple((whole + offset, bit) for offset, bit in behind)
+    flat = stored.reshape(-1)[:whole]
+    mine, slope = flipped.reshape(-1)[:whole, None], slope.reshape(-1)[:whole, None]
+    loose = encoding.uncorrected(flat).astype(np.int16)
+    each = [encoding.uncorrected(inverted(flat, bit)) - loose for bit in range(8)]
+    harm = np.where(mine >> np.arange(8) & 1, -np.inf, slope * np.stack(each, axis=1))
+    order = np.argsort(harm.reshape(-1, 8 * encoding.word), axis=1)
+    order += 8 * encoding.word * np.arange(len(order))[:, None]
+    before = encoding.decode(flat).astype(np.int16)
+    for together in (order[:, -2:], order[:, -3:]):
+        struck = flat.copy()
+        masks = np.left_shift(1, together % 8).astype(np.uint8)
+        np.bitwise_xor.at(struck.view(np.uint8), together // 8, masks)
+        rise = slope[:, 0] * (encoding.decode(struck) - before)
+        gains = rise.reshape(-1, encoding.word).sum(axis=1, dtype=np.float64) / together.shape[1]
+        for gain, flips in zip(gains, together, strict=True):
+            if gain > 0:
+                yield float(gain), tuple((flip // 8, flip % 8) for flip in flips.tolist())
 
 
 def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> list[Candidate]:
@@ -128,19 +183,10 @@ def candidates(net: nn.Module, masks: Masks, x: Tensor, y: Tensor, n: int) -> li
     for (name, (_, scale)), gradient in zip(weights.items(), gradients, strict=True):
         plain = encoding.encode(codes(layers[name]).numpy()).view(np.uint8)
         flipped = masks[name].numpy().view(np.uint8) if name in masks else np.zeros_like(plain)
-        stored = (plain ^ flipped).view(np.int8)
-        read = encoding.decode(stored).astype(np.int16)
-        slope = (gradient * scale).numpy()
-        best: list[Candidate] = []
-        for mask, after in _read_after(encoding, stored):
-            gains = slope * (after.astype(np.int16) - read) / mask.bit_count()
-            gains = np.where(flipped & mask, -np.inf, gains).astype(np.float64).reshape(-1)
-            least = max(0.0, np.partition(gains, -n)[-n]) if n < gains.size else 0.0
-            together = tuple(bit for bit in range(8) if mask >> bit & 1)
-            for offset in np.flatnonzero((gains >= least) & (gains > 0)).tolist():
-                gain = float(gains[offset])
-                best.append(Candidate(layer=name, offset=offset, bits=together, gain=gain))
-        found += sorted(best, key=lambda candidate: -candidate.gain)[:n]
+        facts = (plain ^ flipped).view(np.int8), flipped, (gradient * scale).numpy()
+        moves = _in_words if encoding.word > 1 else _in_bytes
+        best = heapq.nlargest(n, moves(encoding, *facts, n), key=lambda move: move[0])
+        found += [Candidate(layer=name, places=places, gain=gain) for gain, places in best]
     return found
 
 
@@ -157,12 +203,6 @@ class _File:
 
     def _check(self, net: nn.Module) -> None:
         """InputError unless the file stores the codes of the twin, a byte for each."""
-        encoding = encoding_of(net)
-        if encoding.corrects and not isinstance(encoding, ByByte):
-            raise InputError(
-                f"the weights are stored as {encoding.name}, which corrects single flips in words "
-                "of several bytes; the search looks at one byte at a time and finds nothing there"
-            )
         packed = [t.name for t in self._memory.space.tensors if t.dtype in bits.PACKED]
         if packed:
             raise InputError(
@@ -237,7 +277,7 @@ def search(net: nn.Module, raw: bytes, batch: Dataset) -> Iterator[Step]:
         if not tried:
             return
         losses = np.array([file.damage(candidate.sites) for candidate in tried])
-        best = int(np.nanargmax((losses - before) / [len(c.bits) for c in tried]))
+        best = int(np.nanargmax((losses - before) / [len(c.places) for c in tried]))
         chosen, before = tried[best], float(losses[best])
         masks = chosen.flipped(masks, shapes[chosen.layer])
         file.flip(chosen.sites)
@@ -260,14 +300,14 @@ def _sequence(
     with progress.bar(flips, "flips") as bar:
         for step in steps:
             chosen = step.chosen
-            if len(rows) + len(chosen.bits) > flips:
+            if len(rows) + len(chosen.places) > flips:
                 break
             masks = step.masks
             sites += chosen.sites
             correct = file.correct(sites)
             after = {"gain": chosen.gain, "loss": step.loss, "n_correct": int(correct.sum())}
             rows += [vars(site) | after for site in chosen.sites]
-            bar.update(len(chosen.bits))
+            bar.update(len(chosen.places))
             if correct.mean() <= limit or len(rows) == flips:
                 break
     twin = evaluate.logits(net, images.x, masks=masks).argmax(1).numpy() == images.y

@@ -33,6 +33,9 @@ class Encoding:
     """The scale of a channel maps max|w| to this code."""
     corrects: ClassVar[bool] = False
     """Is a flip that strikes alone undone?"""
+    word: ClassVar[int] = 1
+    """Consecutive bytes of a tensor (C order) that are read together; an incomplete last word is
+    stored and read byte by byte."""
 
     @property
     def name(self) -> str:
@@ -64,6 +67,10 @@ class Encoding:
     def decode(self, stored: Codes) -> Codes:
         """What is read where `stored` is stored; defined for every byte."""
         return stored
+
+    def uncorrected(self, stored: Codes) -> Codes:
+        """What is read of bytes in which nothing is corrected and nothing found wrong."""
+        return self.decode(stored)
 
     def struck_alone(self, stored: Codes, bit: int) -> Codes:
         """What each of the bytes is read as when `bit` of it flips and nothing else does."""

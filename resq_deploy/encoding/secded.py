@@ -64,6 +64,7 @@ class InPlaceSecded(Encoding):
 
     limit: ClassVar[int] = 63
     corrects: ClassVar[bool] = True
+    word: ClassVar[int] = WORD
 
     zero: bool = False
     """Read words that cannot be corrected as zeros."""
@@ -88,6 +89,12 @@ class InPlaceSecded(Encoding):
         words[:] = READ[np.arange(WORD), corrected].view(np.uint8)
         if self.zero:
             words[DOUBLE[syndrome]] = 0
+        return read
+
+    def uncorrected(self, stored: Codes) -> Codes:
+        read = np.array(stored, order="C")
+        words = _words(read)
+        words[:] = READ[np.arange(WORD), words].view(np.uint8)
         return read
 
     def struck_alone(self, stored: Codes, bit: int) -> Codes:
