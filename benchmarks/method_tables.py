@@ -69,6 +69,18 @@ def over_patterns(column: str) -> bool:
     return column.startswith("area") or "BER" in column
 
 
+def again(row: dict[str, Any], column: str) -> str:
+    """The mark of a column of `samples` that was measured after a second training, or nothing."""
+    rare = measured(row, "ber")
+    if "," in column:
+        found = measured(row, "both")
+    elif column == f"BER {rare.get('rate', 0):g}":
+        found = rare
+    else:
+        found = measured(row, {"FGSM": "fgsm", "AA": "autoattack"}.get(column.split()[0], ""))
+    return AGAIN if "again" in found else ""
+
+
 def accuracy(column: str, values: NDArray[np.float64] | None) -> str:
     """Mean in percent with its 95 % interval: Wilson over images, bootstrap over patterns."""
     if values is None:
@@ -145,7 +157,8 @@ def costs(row: dict[str, Any]) -> list[str]:
     cells = [f"{row['n_bytes']:,}", ABSENT, ABSENT, ABSENT, chance(measured(row, "bfa"))]
     if took:
         ratio = took["ratio"]
-        cells[1] = f"{1e6 * took['seconds']:.0f}"
+        mark = AGAIN if "again" in took else ""
+        cells[1] = f"{1e6 * took['seconds']:.0f}{mark}"
         cells[2] = f"{ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
     if trained:
         cells[3] = f"{trained['epochs']:.1f}" + ", and stage 3" * trained["adjusted"]
@@ -196,11 +209,9 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     ):
         if not part:
             continue
-        both = [n for n, row in kept.items() if "," in part[0] and "again" in measured(row, "both")]
-        names_of = {n: n + AGAIN * (n in both) for n in columns}
-        levels = [[names_of[n], *(accuracy(c, of.get(c)) for c in part)]
+        levels = [[n, *(accuracy(c, of.get(c)) + again(kept[n], c) for c in part)]
                   for n, of in columns.items()]  # fmt: skip
-        gains = [[names_of[n], *(difference(of.get(c), base.get(c)) for c in part)]
+        gains = [[n, *(difference(of.get(c), base.get(c)) + again(kept[n], c) for c in part)]
                  for n, of in columns.items() if n != "baseline"]  # fmt: skip
         lines += [
             f"Accuracy {title}, %:",
@@ -216,8 +227,8 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     lines += [
         "5 % quantile over patterns; worst pattern, %:",
         "",
-        grid([[n, *(tail(of.get(c)) for c in rates)] for n, of in columns.items()],
-             ["row", *rates]),
+        grid([[n, *(tail(of.get(c)) + again(kept[n], c) for c in rates)]
+              for n, of in columns.items()], ["row", *rates]),
         "",
         "What it costs, and adversarial bits:",
         "",

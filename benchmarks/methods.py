@@ -14,8 +14,9 @@ fourth writes the tables of docs/results.md from every row in --out, and the row
 a row in --out what docs holds is written again.
 
 `autoattack` runs on the first images of the row's PGD attack, on those that withstood it: what PGD
-broke is broken. `cost` is processor time of training steps, relative to plain quantization-aware
-training (training_cost.py says how), times the epochs of the stages behind the baseline.
+broke is broken. `time` runs the file and that of the row `baseline` in turns. `cost` is processor
+time of training steps, relative to plain quantization-aware training (training_cost.py says how),
+times the epochs of the stages behind the baseline.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from typing import Any
 import click
 import numpy as np
 from method_tables import pack, unpack
+from numpy.typing import NDArray
 
 from resq_deploy import artifacts, metrics, recipe, runtime, store
 from resq_deploy.data.base import Dataset
@@ -135,7 +137,7 @@ class Finished:
     folder: Path
     """Where its attacks, stores and exported files are."""
     twin: Path
-    baseline: Path
+    baseline: Callable[[], Path]
     """The exported file of the row `baseline`."""
     attacked: int
     """Images of `autoattack`."""
@@ -178,7 +180,7 @@ def finished(base: recipe.Recipe, row: dict[str, Any], out: Path, attacked: int)
         raise InputError(f"row {row['name']}: the checkpoint {digest[:12]} is not in {out}")
     return Finished(
         made=plan(base, row, None), stages=row["stages"], row=artifacts.read_json(target),
-        folder=folder, twin=twins[0], baseline=exported(out / "measured" / "baseline"),
+        folder=folder, twin=twins[0], baseline=lambda: exported(out / "measured" / "baseline"),
         attacked=attacked,
     )  # fmt: skip
 
@@ -204,9 +206,14 @@ def trained_again(
     model = export(twin, out=folder / "export", images=test, config=made.export)
     logits = runtime.run(runtime.session(model.read_bytes()), test.x)
     right = int((metrics.top1(logits) == test.y).sum())
+
+    def baseline() -> Path:
+        (plain,) = rows("baseline")
+        return trained_again(base, plain, out, attacked, epochs).model
+
     return Finished(
         made=made, stages=row["stages"], row=stored, folder=folder, twin=twin, attacked=attacked,
-        baseline=model,
+        baseline=(lambda: model) if row["name"] == "baseline" else baseline,
         again={
             "model_sha256": artifacts.sha256(model), "n_correct": right, "n": len(test),
             "versions": artifacts.versions(), "cpu": runtime.cpu_features()["name"],
@@ -227,26 +234,40 @@ def fgsm(of: Finished) -> dict[str, Any]:
     return {"radii": [{"epsilon": at["epsilon"]} | pack(at["correct"]) for at in rows]}
 
 
+def withstood(of: Finished) -> list[tuple[float, NDArray[np.float64]]]:
+    """For each radius which of the first images PGD left right, 1.0 or 0.0."""
+    from resq_deploy.attack import attack
+
+    radii = of.row["attack"]["radii"]
+    if of.again is None:
+        return [(at["epsilon"], unpack(at)[: of.attacked]) for at in radii]
+    found = attack(
+        of.model, of.twin, of.test(of.attacked), epsilons=[at["epsilon"] for at in radii],
+        steps=of.row["measured"]["steps"], check=False, seed=of.made.seed,
+        out=of.folder / f"pgd-{of.attacked}.json",
+    )  # fmt: skip
+    return [(at["epsilon"], unpack(pack(at["correct"]))) for at in found["epsilons"]]
+
+
 def autoattack(of: Finished) -> dict[str, Any]:
     """AutoAttack on what PGD left of the first images."""
     from resq_deploy.attack import attack
 
     images, radii, settings = of.test(of.attacked), [], {}
-    for at in of.row["attack"]["radii"]:
-        right = unpack(at)[: of.attacked]
+    for epsilon, right in withstood(of):
         left = np.flatnonzero(right)
         if left.size:
             found = attack(
-                of.model, of.twin, images.take(left), epsilons=(at["epsilon"],),
+                of.model, of.twin, images.take(left), epsilons=(epsilon,),
                 attacks=("autoattack",), check=False,
-                out=of.folder / f"autoattack-{255 * at['epsilon']:.4g}.json",
+                out=of.folder / f"autoattack-{255 * epsilon:.4g}.json",
             )  # fmt: skip
             settings = found["attacks"]["autoattack"]["members"]
             right[left] = [
                 mark == "1" for mark in found["attacks"]["autoattack"]["epsilons"][0]["correct"]
             ]
         marks = "".join(f"{r:.0f}" for r in right)
-        radii.append({"epsilon": at["epsilon"]} | pack(marks))
+        radii.append({"epsilon": epsilon} | pack(marks))
     return {"members": settings, "radii": radii}
 
 
@@ -297,7 +318,7 @@ def bfa(of: Finished) -> dict[str, Any]:
 
 def seconds(of: Finished) -> dict[str, Any]:
     """Processor time per image, one a run, one thread; the file and the baseline take turns."""
-    files = {"row": of.model, "baseline": of.baseline}
+    files = {"row": of.model, "baseline": of.baseline()}
     sessions = {name: runtime.session(path.read_bytes()) for name, path in files.items()}
     x = of.test(1).x
     feeds = {name: runtime.adapt(x, session) for name, session in sessions.items()}
@@ -348,17 +369,11 @@ MEASURES: dict[str, Callable[[Finished], dict[str, Any]]] = {
 """Columns that are measured after the fact, by the name that --measure takes."""
 
 
-BESIDE = ("autoattack", "time")
-"""Not for --again: they begin with what PGD left of the row's file, or run beside `baseline`."""
-
-
-def measures(names: str, again: bool = False) -> list[str]:
-    """What --measure names; InputError for what it does not know, or cannot measure `again`."""
+def measures(names: str) -> list[str]:
+    """What --measure names; InputError for what it does not know."""
     for name in names.split(","):
         if name not in MEASURES:
             raise InputError(f"column {name!r} is unknown; expected some of {', '.join(MEASURES)}")
-        if again and name in BESIDE:
-            raise InputError(f"column {name!r} needs the row's first file, which --again has not")
     return names.split(",")
 
 
@@ -455,7 +470,10 @@ def main(
     failed = []
     loaded = recipe.load(base)
     if more is not None:
-        wanted = measures(more, again)
+        try:
+            wanted = measures(more)
+        except InputError as error:
+            raise click.UsageError(str(error)) from None
         folder = out / loaded.name
         for stored in (STORED / loaded.name).glob("*.json") if again else ():
             if not (folder / "rows" / stored.name).is_file():

@@ -307,7 +307,7 @@ def test_autoattack_of_the_table_goes_on_where_pgd_ended(
     radii = [{"epsilon": e} | method_tables.pack(marks) for e, marks in left.items()]
     of = rows_of.Finished(
         made=None, stages=[], row={"attack": {"radii": radii}}, folder=tmp_path, twin=tmp_path,
-        baseline=tmp_path, attacked=6,
+        baseline=lambda: tmp_path, attacked=6,
     )  # fmt: skip
     monkeypatch.setattr(type(of), "test", lambda self, n: images.first(n))
     found = rows_of.autoattack(of)["radii"]
@@ -329,8 +329,6 @@ def test_a_column_that_a_row_lacks_is_shown_as_such() -> None:
     assert method_tables.chance(again) == "more than 50 (1 of 2 got there)†"
     with pytest.raises(InputError, match="column 'fgms' is unknown; expected some of fgsm, "):
         rows_of.measures("time,fgms")
-    with pytest.raises(InputError, match="column 'time' needs the row's first file"):
-        rows_of.measures("bfa,time", again=True)
 
 
 def test_a_column_is_measured_once_and_copied_where_the_file_is_the_same(
@@ -348,8 +346,8 @@ def test_a_column_is_measured_once_and_copied_where_the_file_is_the_same(
 
     def finished(again: dict[str, Any] | None) -> Any:
         return rows_of.Finished(
-            made=None, stages=[], row=row, folder=tmp_path, twin=tmp_path, baseline=tmp_path,
-            attacked=1, again=again,
+            made=None, stages=[], row=row, folder=tmp_path, twin=tmp_path, attacked=1,
+            baseline=lambda: tmp_path, again=again,
         )  # fmt: skip
 
     monkeypatch.setitem(rows_of.MEASURES, "bfa", bfa)
@@ -365,6 +363,18 @@ def test_a_column_is_measured_once_and_copied_where_the_file_is_the_same(
     kept = {n: r | {"clean": {"n_correct": 8, "n": 10}} for n, r in found.items()}
     (note, _) = method_tables.second(kept)
     assert "on other with" in note and "+10.0 to +10.0 points" in note
+
+
+def test_cells_of_a_second_training_are_marked_and_no_others() -> None:
+    second = {"again": {}}
+    row = {"more": {"fgsm": second, "ber": second | {"rate": 1e-5}, "both": {}, "autoattack": {}}}
+    columns = ["clean", "FGSM 1/255", "PGD 1/255", "AA 1/255", "BER 1e-05", "BER 0.01", "area"]
+    columns += ["PGD 1/255, BER 0.01"]
+    marked = [column for column in columns if method_tables.again(row, column)]
+    assert marked == ["FGSM 1/255", "BER 1e-05"]
+    row = {"more": {"both": second, "autoattack": second}}
+    marked = [column for column in columns if method_tables.again(row, column)]
+    assert marked == ["AA 1/255", "PGD 1/255, BER 0.01"]
 
 
 def test_attacked_images_under_bit_errors_average_patterns() -> None:
