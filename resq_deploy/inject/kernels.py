@@ -19,6 +19,7 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
+from resq_deploy.compiled import compiled
 from resq_deploy.inject.simd import (
     add_codes,
     differences,
@@ -38,15 +39,6 @@ Geometry = namedtuple(
 """One layer in integers. `x_flip`, `y_flip`: 128 for signed codes, else 0."""
 
 
-def _compiled(function):
-    """Compile when first called; the result is kept on disk where there is a place for it."""
-    options = {"boundscheck": False, "error_model": "numpy"}
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder that can be written
-        return njit(**options)(function)
-
-
 @njit(inline="always", error_model="numpy")
 def _requantize(acc, scale, y_zero, y_flip):
     """The stored byte of an accumulator; `y_zero`, `y_flip` int32."""
@@ -56,7 +48,7 @@ def _requantize(acc, scale, y_zero, y_flip):
     return np.uint8((np.int32(np.rint(value)) + y_zero) ^ y_flip)
 
 
-@_compiled
+@compiled()
 def requantize(acc, scale, y_zero, y_flip, out):
     """`out` (rows, O) bytes from accumulators (rows, O) and scales (O,)."""
     zero, flip = np.int32(y_zero), np.int32(y_flip)
@@ -74,7 +66,7 @@ def _equal(a, b, start, stop):
     return total == 0
 
 
-@_compiled
+@compiled()
 def differing(golden, images, new, rows, found):
     """Keep the rows of bytes `new` (K, bytes) that differ from the rows `images` of `golden`.
 
@@ -95,7 +87,7 @@ def differing(golden, images, new, rows, found):
     return n_found
 
 
-@_compiled
+@compiled()
 def faulty_weights(
     images, begin, x, acc, y, scale, g, taps, delta, n_found, count, found, first, places, codes
 ):  # fmt: skip
@@ -146,7 +138,7 @@ def faulty_weights(
     return images.size, n_found, count
 
 
-@_compiled
+@compiled()
 def faulty_channel(
     images, begin, x, acc, o, n_out, scale, g, taps, delta, n_found, count, found, first, places,
     codes,
@@ -204,7 +196,7 @@ def faulty_channel(
     return images.size, n_found, count
 
 
-@_compiled
+@compiled()
 def _count_different(a, b, size):
     """In how many of `size` bytes at two addresses do they differ (address, address)?"""
     count = 0
@@ -213,7 +205,7 @@ def _count_different(a, b, size):
     return count
 
 
-@_compiled
+@compiled()
 def _changed_codes(before, after, flip, width, channels, key, step, start):
     """List the codes that differ between two images (height * width * channels,).
 
@@ -276,7 +268,7 @@ def _update(
     return changed != 0
 
 
-@_compiled
+@compiled()
 def _listed(places, codes, before, flip, width, channels, key, step, start):
     """`_changed_codes` from a list of changes instead of an image."""
     pixel = row_start = 0
@@ -295,7 +287,7 @@ def _listed(places, codes, before, flip, width, channels, key, step, start):
         start[i] = places.size
 
 
-@_compiled
+@compiled()
 def changed_inputs(
     images, begin, in_first, in_places, in_codes, new, x, acc, y, weights, shift, scale, g, taps,
     delta, limit, n_dense, dense, n_found, count, found, first, places, codes,
@@ -451,7 +443,7 @@ def changed_inputs(
     return images.size, n_dense, n_found, count
 
 
-@_compiled
+@compiled()
 def materialize(kept, images, at, n_listed, first, places, codes, rows, out):
     """Whole rows `out` (K, bytes) of a value: the kept ones, with the changes listed or as rows.
 
@@ -468,7 +460,7 @@ def materialize(kept, images, at, n_listed, first, places, codes, rows, out):
                 out[k, places[e]] = codes[e]
 
 
-@_compiled
+@compiled()
 def elementwise_lists(
     images, begin, a, row_a, first_a, places_a, codes_a, b, row_b, first_b, places_b, codes_b,
     table, y, n_found, count, found, first, places, codes,
@@ -524,7 +516,7 @@ def _row(kept, n, at, n_listed, first, places, codes, rows, scratch):
     return scratch.ctypes.data
 
 
-@_compiled
+@compiled()
 def elementwise_rows(
     images, a, at_a, listed_a, first_a, places_a, codes_a, rows_a, b, at_b, listed_b, first_b,
     places_b, codes_b, rows_b, table, linear, y, out, found,
@@ -562,7 +554,7 @@ def elementwise_rows(
     return n_found
 
 
-@_compiled
+@compiled()
 def changed_channels(
     images, begin, x, first, places, codes, channels, last_axis, seen, numbers, which, planes
 ):
@@ -595,7 +587,7 @@ def changed_channels(
     return images.size, count
 
 
-@_compiled
+@compiled()
 def list_channels(images, numbers, which, new, y, n_found, count, found, first, places, codes):
     """List the planes whose output changed: one byte `new` (M,) for each, at place which[m] of y.
 
@@ -621,7 +613,7 @@ def list_channels(images, numbers, which, new, y, n_found, count, found, first, 
     return n_found, count
 
 
-@_compiled
+@compiled()
 def is_linear(linear, table):
     """Does `simd.add_codes` with these numbers give the table of `elementwise`?"""
     a, b = np.empty(64, np.uint8), np.empty(64, np.uint8)

@@ -7,24 +7,13 @@ one over a block may be taken in any order).
 from __future__ import annotations
 
 import numpy as np
-from numba import config, njit, prange, set_num_threads, types
+from numba import config, prange, set_num_threads, types
 from numba.extending import overload
+
+from resq_deploy.compiled import compiled
 
 BLOCK = 1 << 14
 """Values whose sum is taken in float32; sums of blocks are added in float64, in their order."""
-
-
-def _compiled(**options):
-    """Compile when first called; the result is kept on disk where there is a place for it."""
-    options |= {"error_model": "numpy", "boundscheck": False}
-
-    def decorate(function):
-        try:
-            return njit(cache=True, **options)(function)
-        except RuntimeError:  # no folder that can be written
-            return njit(**options)(function)
-
-    return decorate
 
 
 def _read(stored):
@@ -56,7 +45,7 @@ def _(value, like):
     return to_bits
 
 
-@_compiled()
+@compiled()
 def _quantize_block(x, scale, low, high, out):
     for i in range(x.size):
         code = np.rint(_read(x[i]) / scale)
@@ -71,7 +60,7 @@ def _quantize(x, scale, low, high, out):
         _quantize_block(x[at], scale, low, high, out[at])
 
 
-@_compiled(fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _gradient_block(x, above, scale, low, high, out):
     total = np.float32(0)
     for i in range(x.size):
@@ -104,5 +93,5 @@ def threads(n):
     return _PARALLEL
 
 
-_SERIAL = _compiled()(_quantize), _compiled()(_gradient)
-_PARALLEL = _compiled(parallel=True)(_quantize), _compiled(parallel=True)(_gradient)
+_SERIAL = compiled()(_quantize), compiled()(_gradient)
+_PARALLEL = compiled(parallel=True)(_quantize), compiled(parallel=True)(_gradient)
