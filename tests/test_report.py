@@ -505,6 +505,18 @@ class TestMissing:
             "prove/adjust/ber.store was measured on another file than export/adjust/model.qdq.onnx"
         ]
 
+    def test_a_warning_of_several_campaigns_is_said_once(self, run_dir: Path) -> None:
+        for stage in ("fault", "adjust"):
+            path = run_dir / f"prove/{stage}/ber.store"
+            path.unlink()
+            changes = {"warnings": ["a Clip", f"only {stage}"]}
+            write_store(path, header(Made(), stage, **changes), ber_trials(Made(), stage))
+        assert build(run_dir)["warnings"] == [
+            "prove/fault/ber.store, prove/adjust/ber.store: a Clip",
+            "prove/fault/ber.store: only fault",
+            "prove/adjust/ber.store: only adjust",
+        ]
+
 
 class Page(HTMLParser):
     """What a browser would see: tags with attributes, ids, and visible text."""

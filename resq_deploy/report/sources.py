@@ -220,11 +220,13 @@ def _check_files(stage: str, proved: Stage, warnings: list[str]) -> None:
     )
 
 
-def _check_campaign(found: Campaign, missing: list[str], warnings: list[str]) -> None:
+def _check_campaign(found: Campaign, missing: list[str], told: dict[str, list[str]]) -> None:
+    """`told` has the warnings of campaigns, and which gave them."""
     planned = _planned(found.header)
     if planned is not None and len(found.trials) < planned:
         missing.append(f"{found.name}: {planned - len(found.trials)} of {planned} planned trials")
-    warnings.extend(f"{found.name}: {text}" for text in found.header.warnings)
+    for text in found.header.warnings:
+        told.setdefault(text, []).append(found.name)
 
 
 def _left_out(recipe: dict[str, Any]) -> set[str]:
@@ -239,6 +241,7 @@ def load(folder: Path) -> Run:
         raise InputError(f"{folder} is not a folder; a run directory of `resq-deploy run` expected")
     missing: list[str] = []
     warnings: list[str] = []
+    told: dict[str, list[str]] = {}
     left_out: set[str] = set()
 
     def present(name: str) -> Path | None:
@@ -261,7 +264,7 @@ def load(folder: Path) -> Run:
         if path is None:
             return None
         found = campaign(path, name)
-        _check_campaign(found, missing, warnings)
+        _check_campaign(found, missing, told)
         return found
 
     recipe = read_object("recipe.json")
@@ -291,5 +294,5 @@ def load(folder: Path) -> Run:
         stages=stages,
         checkpoints={name: made for name, made in sidecars.items() if made is not None},
         missing=missing,
-        warnings=list(dict.fromkeys(warnings)),
+        warnings=[*warnings, *(f"{', '.join(names)}: {text}" for text, names in told.items())],
     )
