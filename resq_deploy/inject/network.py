@@ -118,6 +118,7 @@ class Network:
     def __init__(self, found: Discovery, x: Array, *, precise: bool | None = None) -> None:
         """`found` from `discovery.discover`; `x` images as the data set has them; some run."""
         self.found = found
+        """The file it was made from; that with other contents where `holding` made it."""
         self._precise = precise
         self._model = found.model.SerializeToString()
         session = self.session
