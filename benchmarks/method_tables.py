@@ -209,10 +209,11 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
     ):
         if not part:
             continue
+        shown = {n: of for n, of in columns.items() if any(c in of for c in part)}
         levels = [[n, *(accuracy(c, of.get(c)) + again(kept[n], c) for c in part)]
-                  for n, of in columns.items()]  # fmt: skip
+                  for n, of in shown.items()]  # fmt: skip
         gains = [[n, *(difference(of.get(c), base.get(c)) + again(kept[n], c) for c in part)]
-                 for n, of in columns.items() if n != "baseline"]  # fmt: skip
+                 for n, of in shown.items() if n != "baseline"]  # fmt: skip
         lines += [
             f"Accuracy {title}, %:",
             "",
