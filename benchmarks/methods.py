@@ -319,7 +319,7 @@ def bfa(of: Finished) -> dict[str, Any]:
 def seconds(of: Finished) -> dict[str, Any]:
     """Processor time per image, one a run, one thread; the file and the baseline take turns."""
     files = {"row": of.model, "baseline": of.baseline()}
-    sessions = {name: runtime.session(path.read_bytes()) for name, path in files.items()}
+    sessions = {name: runtime.session(runtime.read_model(path)) for name, path in files.items()}
     x = of.test(1).x
     feeds = {name: runtime.adapt(x, session) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in files}
