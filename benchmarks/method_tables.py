@@ -246,8 +246,8 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
         *second(kept),
         *elsewhere(kept),
         *([f"Measured otherwise, and left out: {', '.join(left)}.", ""] if left else []),
-        f"Commands: `python benchmarks/methods.py models/{name}.toml {first['command']}`, then "
-        f"`--measure {','.join(measures)}`.",
+        f"Commands: `python benchmarks/methods.py models/{name}.toml {first['command']}`"
+        + (f", then `--measure {','.join(measures)}`." if measures else "."),
         "",
     ]  # fmt: skip
     return "\n".join(lines)
