@@ -241,7 +241,7 @@ def section(name: str, found: dict[str, dict[str, Any]]) -> str:
         "behind the baseline cost in processor time, in epochs of plain quantization-aware "
         "training of the same network; stage 3 trains nothing and is not counted. Flips to "
         "chance: [progressive bit search](attacks.md#adversarial-bits), 5 searches, 128 images to "
-        "attack with, 1,000 others to measure on.",
+        "attack with, up to 1,000 others to measure on.",
         "",
         *second(kept),
         *elsewhere(kept),

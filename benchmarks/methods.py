@@ -306,7 +306,9 @@ def bfa(of: Finished) -> dict[str, Any]:
     from resq_deploy.attack.bfa import bfa as search
 
     try:
-        found = search(of.model, of.twin, of.test(), images=1000, seed=of.made.seed)
+        test = of.test()
+        images = min(1000, len(test) - 128)  # 128 to attack with
+        found = search(of.model, of.twin, test, images=images, seed=of.made.seed)
     except InputError as error:
         return {"refused": str(error)}
     artifacts.write_json(of.folder / "bfa.json", found)
