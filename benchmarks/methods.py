@@ -307,7 +307,7 @@ def bfa(of: Finished) -> dict[str, Any]:
 
     try:
         test = of.test()
-        images = min(1000, len(test) - 128)  # 128 to attack with
+        images = min(1000, len(test) // 2)  # searches draw from the rest
         found = search(of.model, of.twin, test, images=images, seed=of.made.seed)
     except InputError as error:
         return {"refused": str(error)}

@@ -761,6 +761,7 @@ def test_chance_is_what_guessing_gets(y: list[int], expected: float) -> None:
         ({"flips": 0}, "flips, seeds and batch must be at least 1, got 0, 5 and 128"),
         ({"images": 150, "batch": 60}, "150 images to measure and 60 to attack with"),
         ({"batch": 200}, "none may be in both"),
+        ({"images": 150, "batch": 50}, "which each of 5 searches would attack with"),
     ],
 )
 def test_bfa_with_a_wrong_option_is_refused(

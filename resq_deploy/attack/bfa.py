@@ -333,21 +333,26 @@ def bfa(
 ) -> dict[str, Any]:
     """Progressive bit search on `twin`, replayed on `model`; the summary in plain JSON values.
 
-    The file is measured on the first `images` of `data` (default: all that the batch leaves); each
-    of `n_seeds` searches draws its attack batch from the rest and ends at chance level
-    (`chance` + MARGIN on the measured images) or after `flips`. `random` has the same file under
-    as many random flips as the longest search made. Raises InputError when the twin is not the
+    The file is measured on the first `images` of `data` (default: all but `n_seeds` batches, at
+    least half); each of `n_seeds` searches draws its attack batch from the rest and ends at chance
+    level (`chance` + MARGIN on the measured images) or after `flips`. `random` has the same file
+    under as many random flips as the longest search made. Raises InputError when the twin is not the
     checkpoint of the file or the data are too few.
     """
     if flips < 1 or n_seeds < 1 or batch < 1:
         raise InputError(
             f"flips, seeds and batch must be at least 1, got {flips}, {n_seeds} and {batch}"
         )
-    n = len(data) - batch if images is None else images
+    n = max(len(data) // 2, len(data) - n_seeds * batch) if images is None else images
     if not 0 < n <= len(data) - batch:
         raise InputError(
             f"{images or 'no'} images to measure and {batch} to attack with asked for; {data.name} "
             f"has {len(data)}, and none may be in both"
+        )
+    if n_seeds > 1 and n + batch == len(data):
+        raise InputError(
+            f"{n} images to measure leave {batch} of {len(data)}, which each of {n_seeds} searches "
+            "would attack with; measure fewer, or search once"
         )
     raw = runtime.read_model(model)
     net, facts = load_twin(model, twin)
