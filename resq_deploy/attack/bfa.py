@@ -336,8 +336,8 @@ def bfa(
     The file is measured on the first `images` of `data` (default: all but `n_seeds` batches, at
     least half); each of `n_seeds` searches draws its attack batch from the rest and ends at chance
     level (`chance` + MARGIN on the measured images) or after `flips`. `random` has the same file
-    under as many random flips as the longest search made. Raises InputError when the twin is not the
-    checkpoint of the file or the data are too few.
+    under as many random flips as the longest search made. Raises InputError when the twin is not
+    the checkpoint of the file or the data are too few.
     """
     if flips < 1 or n_seeds < 1 or batch < 1:
         raise InputError(
