@@ -647,19 +647,36 @@ def test_a_flipped_bit_is_not_a_candidate_again(trained: Trained) -> None:
     assert (first.layer, first.places) not in {(c.layer, c.places) for c in again}
 
 
+def slope_of_fc(net: nn.Module, trained: Trained) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Images, labels, and the rise of the damage for a code step of every weight of the layer."""
+    batch = trained.test.first(32)
+    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
+    with bfa._weight_values(net) as weights:
+        bfa.damage(value(net(x)), y).backward()
+    leaf, scale = weights["fc"]
+    assert leaf.grad is not None
+    return x, y, (leaf.grad * scale).numpy().reshape(-1)
+
+
+def check_search(model: Path, trained: Trained, folder: Path, n_flips: tuple[int, ...]) -> None:
+    """A search of 9 flips does more harm than random ones, and so says a replay of its flips."""
+    found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
+    (made,) = found["searches"]
+    assert len(made["flips"]) in n_flips and made["n_twin_differs"] <= 2
+    assert made["flips"][-1]["n_correct"] < found["random"]["fault_accuracy"]["worst"] * 100
+    path = folder / "sites.csv"
+    path.write_text(bfa.sites_csv(found))
+    replayed = inject(model, trained.test.first(100), out=folder / "s", sites=path, engine="reload")
+    assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
+
+
 def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
     trained: Trained, tmp_path: Path
 ) -> None:
     """Oracle: every change of every byte of a layer, by what it is read as, for each flip."""
     model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding="hamming")
     net, _ = load_twin(model, trained.twin)
-    batch, kind = trained.test.first(32), parse_encoding("hamming")
-    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
-    with bfa._weight_values(net) as weights:
-        bfa.damage(value(net(x)), y).backward()
-    leaf, scale = weights["fc"]
-    assert leaf.grad is not None
-    slope = (leaf.grad * scale).numpy().reshape(-1)
+    kind, (x, y, slope) = parse_encoding("hamming"), slope_of_fc(net, trained)
     stored = kind.encode(codes(weight_layers(net)["fc"]).numpy()).reshape(-1).view(np.uint8)
     masks = np.arange(1, 256, dtype=np.uint8)[:, None]
     now, then = (kind.decode(at.view(np.int8)).astype(int) for at in (stored, stored ^ masks))
@@ -667,16 +684,7 @@ def test_where_single_flips_are_corrected_several_bits_of_a_byte_flip(
     best = [c for c in bfa.candidates(net, {}, x, y, 5) if c.layer == "fc"]
     assert [c.gain for c in best] == pytest.approx(np.sort(gains, axis=None)[::-1][:5], rel=1e-4)
     assert all(len(c.places) >= 2 for c in best)
-    found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
-    (made,) = found["searches"]
-    assert len(made["flips"]) in (7, 8, 9) and made["n_twin_differs"] <= 2
-    assert made["flips"][-1]["n_correct"] < found["random"]["fault_accuracy"]["worst"] * 100
-    path = tmp_path / "sites.csv"
-    path.write_text(bfa.sites_csv(found))
-    replayed = inject(
-        model, trained.test.first(100), out=tmp_path / "s", sites=path, engine="reload"
-    )
-    assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
+    check_search(model, trained, tmp_path, (7, 8, 9))
 
 
 @pytest.mark.parametrize("name", ["secded", "secded:zero"])
@@ -689,13 +697,7 @@ def test_where_a_word_corrects_single_flips_several_of_it_flip(
     """
     model = export(trained.twin, out=tmp_path / "b", images=trained.test, encoding=name)
     net, _ = load_twin(model, trained.twin)
-    batch, kind = trained.test.first(32), parse_encoding(name)
-    x, y = evaluate.tensor(batch.x), torch.from_numpy(batch.y)
-    with bfa._weight_values(net) as weights:
-        bfa.damage(value(net(x)), y).backward()
-    leaf, scale = weights["fc"]
-    assert leaf.grad is not None
-    slope = (leaf.grad * scale).numpy().reshape(-1)
+    kind, (x, y, slope) = parse_encoding(name), slope_of_fc(net, trained)
     stored = kind.encode(codes(weight_layers(net)["fc"]).numpy()).reshape(-1)
     assert stored.size % 8 == 0
     now, gains = kind.decode(stored).astype(int), []
@@ -718,16 +720,7 @@ def test_where_a_word_corrects_single_flips_several_of_it_flip(
     rise = slope * (kind.decode(struck.view(np.int8)).astype(int) - now)
     assert triple.gain == pytest.approx(rise.sum() / 3, rel=1e-4)
     assert (triple.gain > max(pairs.values())) == kind.zero
-    found = bfa.bfa(model, trained.twin, trained.test, images=100, flips=9, n_seeds=1, batch=32)
-    (made,) = found["searches"]
-    assert len(made["flips"]) in (8, 9) and made["n_twin_differs"] <= 2
-    assert made["flips"][-1]["n_correct"] < found["random"]["fault_accuracy"]["worst"] * 100
-    path = tmp_path / "sites.csv"
-    path.write_text(bfa.sites_csv(found))
-    replayed = inject(
-        model, trained.test.first(100), out=tmp_path / "s", sites=path, engine="reload"
-    )
-    assert replayed["fault_accuracy"]["mean"] == made["flips"][-1]["n_correct"] / 100
+    check_search(model, trained, tmp_path, (8, 9))
 
 
 def test_bytes_behind_whole_words_are_attacked_one_by_one() -> None:
