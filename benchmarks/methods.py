@@ -470,17 +470,17 @@ def main(
 ) -> None:  # fmt: skip
     """Train and measure rows of methods.toml on a base recipe."""
     failed = []
-    loaded = recipe.load(base)
+    try:
+        loaded, chosen = recipe.load(base), rows(names)
+        wanted = [] if more is None else measures(more)
+    except ResqError as error:
+        raise click.UsageError(str(error)) from None
     if more is not None:
-        try:
-            wanted = measures(more)
-        except InputError as error:
-            raise click.UsageError(str(error)) from None
         folder = out / loaded.name
         for stored in (STORED / loaded.name).glob("*.json") if again else ():
             if not (folder / "rows" / stored.name).is_file():
                 artifacts.write_json(folder / "rows" / stored.name, artifacts.read_json(stored))
-        for row in rows(names):
+        for row in chosen:
             target = folder / "rows" / f"{row['name']}.json"
             if not target.is_file():
                 continue
@@ -499,7 +499,7 @@ def main(
     else:
         prove = {"images": images, "draws": draws, "steps": steps, "rates": RATES,
                  "epsilons": EPSILONS}  # fmt: skip
-        for row in rows(names):
+        for row in chosen:
             try:
                 work(loaded, row, out / loaded.name, epochs, **prove)
             except ResqError as error:
